@@ -1,0 +1,54 @@
+//! Limits of the wire. Whoever receives checks them; whoever sends may rely on them.
+
+/// Host vsock port which the agent dials to serve its ttrpc service.
+pub const AGENT_PORT: u32 = 1024;
+
+/// First host vsock port used for stdio streams; the engine counts upwards from here and never reuses one.
+pub const FIRST_STDIO_PORT: u32 = 0x1_0000;
+
+/// Longest container or exec id, in bytes. Ids are of `[A-Za-z0-9_.+-]`, start with a letter or digit
+/// (see [`is_valid_id`]).
+pub const MAX_ID_LEN: usize = 128;
+
+/// Largest OCI document on the wire, in bytes. (ttrpc itself bounds a message at 4 MiB.)
+pub const MAX_SPEC_LEN: usize = 3 << 20;
+
+/// Most bytes of entropy in a Setup.
+pub const MAX_ENTROPY_LEN: usize = 64;
+
+/// Longest error text sent by the agent, in bytes; the host cuts what is longer.
+pub const MAX_MESSAGE_LEN: usize = 4096;
+
+/// Most processes that ListProcesses reports.
+pub const MAX_PROCESSES: usize = 32_768;
+
+/// Where the agent mounts the share in the guest.
+pub const GUEST_SHARE: &str = "/run/husk/share";
+
+/// Whether `id` may name a container or an exec: 1 to [`MAX_ID_LEN`] bytes of `[A-Za-z0-9_.+-]`, of which the
+/// first is a letter, a digit or `_`. This excludes `/`, `.` and `..` as names of files.
+pub fn is_valid_id(id: &str) -> bool {
+    let mut bytes = id.bytes();
+    id.len() <= MAX_ID_LEN
+        && bytes.next().is_some_and(|b| b.is_ascii_alphanumeric() || b == b'_')
+        && bytes.all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'+' | b'-'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_valid_id;
+
+    #[test]
+    fn ids_that_name_one_file_are_valid() {
+        for id in ["a", "0f3e", "my-app_1.2+3", "_x", &"a".repeat(128)] {
+            assert!(is_valid_id(id), "{id}");
+        }
+    }
+
+    #[test]
+    fn ids_that_could_leave_a_directory_are_not() {
+        for id in ["", ".", "..", "a/b", "../x", "-rf", "a b", "a\0b", "ü", &"a".repeat(129)] {
+            assert!(!is_valid_id(id), "{id}");
+        }
+    }
+}
