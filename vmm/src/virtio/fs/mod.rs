@@ -1,0 +1,1 @@
+//! The shared file system device.

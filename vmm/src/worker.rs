@@ -1,0 +1,296 @@
+//! Device threads: one thread per active device, waiting in epoll for queue notifications and host descriptors.
+
+use crate::error;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::thread::JoinHandle;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+/// Token of the worker's own stop descriptor; handlers may use all others.
+const STOP: u32 = u32::MAX;
+
+/// Most events taken from epoll at once.
+const BATCH: usize = 16;
+
+/// Readable: what most handlers wait for.
+pub const READABLE: u32 = libc::EPOLLIN as u32;
+/// Writable.
+pub const WRITABLE: u32 = libc::EPOLLOUT as u32;
+
+/// Why a device's worker ends before it is told to.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkerError {
+    /// A system call on one of the worker's descriptors failed.
+    #[error("{what}")]
+    Io {
+        /// What was being done.
+        what: &'static str,
+        /// The cause.
+        source: io::Error,
+    },
+    /// The guest broke one of its queues beyond use.
+    #[error("the guest's queue is broken")]
+    Queue(#[from] virtio_queue::Error),
+    /// The guest's memory could not be reached where a queue says that it is.
+    #[error("the guest's memory is out of reach")]
+    Memory(#[from] vm_memory::GuestMemoryError),
+    /// The other side of the device (its host end, or the guest's driver) broke the rules beyond use.
+    #[error("broken rule: {0}")]
+    Protocol(&'static str),
+}
+
+impl WorkerError {
+    /// For `map_err`: a failed system call, with what was being done.
+    pub fn io(what: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Io { what, source }
+    }
+}
+
+/// What runs on a device's thread.
+pub trait Handler: Send + 'static {
+    /// Adds the descriptors to wait for. Called once, before the thread starts.
+    ///
+    /// # Errors
+    /// When a descriptor cannot be waited for; the worker is then not started.
+    fn register(&mut self, poll: &Poll) -> io::Result<()>;
+
+    /// Handles the event of one descriptor. `events` are EPOLL bits.
+    ///
+    /// # Errors
+    /// Ends the worker: it is logged, and the device stays still until the guest resets it.
+    fn handle(&mut self, token: u32, events: u32, poll: &Poll) -> Result<(), WorkerError>;
+}
+
+/// The set of descriptors that a worker waits for.
+#[derive(Debug)]
+pub struct Poll {
+    epoll: OwnedFd,
+}
+
+impl Poll {
+    /// An empty set.
+    ///
+    /// # Errors
+    /// When the process has no descriptors left.
+    pub fn new() -> io::Result<Self> {
+        // SAFETY: no pointers are involved; the result is checked before use.
+        let fd = unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: `fd` was just made and belongs to nobody else.
+        Ok(Self {
+            epoll: unsafe { OwnedFd::from_raw_fd(fd) },
+        })
+    }
+
+    /// Waits for `events` (EPOLL bits) of `fd` from now on, named `token` (any but `u32::MAX`).
+    ///
+    /// # Errors
+    /// When `fd` is there already, or cannot be waited for.
+    pub fn add(&self, fd: BorrowedFd<'_>, token: u32, events: u32) -> io::Result<()> {
+        self.control(libc::EPOLL_CTL_ADD, fd, token, events)
+    }
+
+    /// Changes what is waited for.
+    ///
+    /// # Errors
+    /// When `fd` is not in the set.
+    pub fn modify(&self, fd: BorrowedFd<'_>, token: u32, events: u32) -> io::Result<()> {
+        self.control(libc::EPOLL_CTL_MOD, fd, token, events)
+    }
+
+    /// Waits for `fd` no longer. To be called before the descriptor is closed.
+    ///
+    /// # Errors
+    /// When `fd` is not in the set.
+    pub fn remove(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+        self.control(libc::EPOLL_CTL_DEL, fd, 0, 0)
+    }
+
+    fn control(&self, op: i32, fd: BorrowedFd<'_>, token: u32, events: u32) -> io::Result<()> {
+        let mut event = libc::epoll_event {
+            events,
+            u64: u64::from(token),
+        };
+        // SAFETY: both descriptors are open while borrowed, and `event` lives through the call.
+        match unsafe { libc::epoll_ctl(self.epoll.as_raw_fd(), op, fd.as_raw_fd(), &raw mut event) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    /// Waits until something is ready and returns (token, events) of it, at most [`BATCH`] at a time. Descriptors
+    /// that were removed while an earlier event of the same batch was handled may still be named.
+    fn wait(&self) -> io::Result<impl Iterator<Item = (u32, u32)> + use<>> {
+        let mut events = [libc::epoll_event { events: 0, u64: 0 }; BATCH];
+        let count = loop {
+            // SAFETY: `events` has room for the BATCH entries that the kernel may write.
+            let n = unsafe {
+                libc::epoll_wait(
+                    self.epoll.as_raw_fd(),
+                    events.as_mut_ptr(),
+                    BATCH as libc::c_int,
+                    -1,
+                )
+            };
+            match usize::try_from(n) {
+                Ok(n) => break n,
+                Err(_) => {
+                    let error = io::Error::last_os_error();
+                    if error.kind() != io::ErrorKind::Interrupted {
+                        return Err(error);
+                    }
+                }
+            }
+        };
+        Ok(events.into_iter().take(count).map(|e| (e.u64 as u32, e.events)))
+    }
+}
+
+impl AsRawFd for Poll {
+    fn as_raw_fd(&self) -> RawFd {
+        self.epoll.as_raw_fd()
+    }
+}
+
+/// A running thread with its handler. Dropping it stops the thread too.
+#[derive(Debug)]
+pub struct Worker<H> {
+    stop: EventFd,
+    thread: Option<JoinHandle<H>>,
+}
+
+impl<H: Handler> Worker<H> {
+    /// Starts a thread called `name` (at most 15 bytes) that runs `handler`.
+    ///
+    /// # Errors
+    /// When the handler cannot register, or no thread or descriptor is to be had.
+    pub fn spawn(name: &str, mut handler: H) -> io::Result<Self> {
+        let poll = Poll::new()?;
+        let stop = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
+        // SAFETY: `stop` is open here, and the thread that waits for it ends before `stop` is dropped.
+        poll.add(
+            unsafe { BorrowedFd::borrow_raw(stop.as_raw_fd()) },
+            STOP,
+            READABLE,
+        )?;
+        handler.register(&poll)?;
+        let thread_name = name.to_owned();
+        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+            if let Err(e) = run(&mut handler, &poll) {
+                error!("{thread_name} has stopped: {}", crate::log::chain(&e));
+            }
+            handler
+        })?;
+        Ok(Self {
+            stop,
+            thread: Some(thread),
+        })
+    }
+
+    /// Stops the thread, waits for its end and gives the handler back: between two events, never within one.
+    /// `None` if the handler panicked.
+    pub fn stop(mut self) -> Option<H> {
+        self.join()
+    }
+}
+
+impl<H> Worker<H> {
+    fn join(&mut self) -> Option<H> {
+        let thread = self.thread.take()?;
+        // The eventfd is written at most once, so its counter cannot be full.
+        let _ = self.stop.write(1);
+        thread.join().ok()
+    }
+}
+
+impl<H> Drop for Worker<H> {
+    fn drop(&mut self) {
+        self.join();
+    }
+}
+
+fn run<H: Handler>(handler: &mut H, poll: &Poll) -> Result<(), WorkerError> {
+    loop {
+        for (token, events) in poll.wait().map_err(WorkerError::io("waiting for events"))? {
+            if token == STOP {
+                return Ok(());
+            }
+            handler.handle(token, events, poll)?;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsFd;
+    use std::sync::mpsc::{Sender, channel};
+
+    struct Counter {
+        socket: std::os::unix::net::UnixStream,
+        seen: Vec<u8>,
+        tell: Sender<u8>,
+    }
+
+    impl Handler for Counter {
+        fn register(&mut self, poll: &Poll) -> io::Result<()> {
+            poll.add(self.socket.as_fd(), 7, READABLE)
+        }
+
+        fn handle(&mut self, token: u32, events: u32, _poll: &Poll) -> Result<(), WorkerError> {
+            use std::io::Read;
+            assert_eq!(token, 7);
+            assert_ne!(events & READABLE, 0);
+            let mut byte = [0];
+            if self.socket.read(&mut byte).unwrap() == 0 {
+                return Err(WorkerError::Protocol("the socket was closed"));
+            }
+            self.seen.push(byte[0]);
+            self.tell.send(byte[0]).unwrap();
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn stop_gives_the_handler_back_and_it_can_go_on() {
+        use std::io::Write;
+        let (ours, mut theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        let (tell, told) = channel();
+        let worker = Worker::spawn(
+            "test",
+            Counter {
+                socket: ours,
+                seen: vec![],
+                tell,
+            },
+        )
+        .unwrap();
+        theirs.write_all(b"a").unwrap();
+        assert_eq!(told.recv().unwrap(), b'a');
+        let handler = worker.stop().unwrap();
+        theirs.write_all(b"b").unwrap();
+        let worker = Worker::spawn("test", handler).unwrap();
+        assert_eq!(told.recv().unwrap(), b'b');
+        assert_eq!(worker.stop().unwrap().seen, b"ab");
+    }
+
+    #[test]
+    fn a_handler_that_failed_is_still_given_back() {
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        let (tell, told) = channel();
+        let worker = Worker::spawn(
+            "test",
+            Counter {
+                socket: ours,
+                seen: vec![],
+                tell,
+            },
+        )
+        .unwrap();
+        drop(theirs);
+        assert!(worker.stop().unwrap().seen.is_empty());
+        assert!(told.recv().is_err());
+    }
+}
