@@ -27,8 +27,8 @@ as_root() {
     fi
 }
 
-# lock NAME: waits until no other process holds the lock NAME in the cache, and holds it until this process
-# ends. Helpers that outlive the script must not inherit it; those started here do not.
+# lock NAME: waits until no other process holds the lock NAME in the cache, then holds it until this process and
+# those it started have ended.
 lock() {
     mkdir -p "$cache"
     exec {lock_fd}>"$cache/$1.lock"
