@@ -1,0 +1,134 @@
+//! The engine: owns one sandbox and knows nothing of containerd.
+
+mod error;
+mod programs;
+mod sandbox;
+
+use std::{os::fd::OwnedFd, path::PathBuf, time::SystemTime};
+
+pub use error::{CleanupError, EngineError, LocateError, StartError};
+pub use programs::Programs;
+pub use sandbox::{Sandbox, cleanup};
+
+use crate::host::rootfs::Mount;
+
+/// A sandbox to start.
+#[derive(Clone, Debug)]
+pub struct SandboxConfig {
+    /// Whose ids these are: containerd's namespace, or `husk-run`. The same alphabet as an id.
+    pub namespace: String,
+    /// Unique in the namespace; see [`husk_agent_protocol::limits::is_valid_id`].
+    pub id: String,
+    /// What to run.
+    pub programs: Programs,
+    /// Number of vCPUs; see [`default_vcpus`].
+    pub vcpus: u8,
+    /// Guest memory in MiB; see [`DEFAULT_MEMORY_MIB`].
+    pub memory_mib: u32,
+    /// The guest's hostname; empty: the id, cut to what a hostname may have.
+    pub hostname: String,
+    /// Added to the guest kernel's command line. From the operator only.
+    pub kernel_params: String,
+}
+
+/// Guest memory in MiB where nobody says otherwise.
+pub const DEFAULT_MEMORY_MIB: u32 = 256;
+
+/// vCPUs where nobody says otherwise: two, or one on a host with one CPU.
+pub fn default_vcpus() -> u8 {
+    std::thread::available_parallelism().map_or(1, |n| u8::try_from(n.get().min(2)).unwrap_or(1))
+}
+
+/// A container to create.
+#[derive(Debug)]
+pub struct CreateContainer {
+    /// Unique in the sandbox; see [`husk_agent_protocol::limits::is_valid_id`].
+    pub id: String,
+    /// The OCI bundle.
+    pub bundle: PathBuf,
+    /// config.json as it was read.
+    pub spec: Vec<u8>,
+    /// Mounts to make on the bundle's `rootfs`; empty: what `root.path` names is there already.
+    pub rootfs: Vec<Mount>,
+    /// The init process's streams.
+    pub stdio: Stdio,
+}
+
+/// The streams of a process, on the host: FIFO, pipe, tty, socket or file. The engine copies between them and the
+/// guest, and closes an output as soon as the process has exited and all it wrote has been copied.
+#[derive(Debug, Default)]
+pub struct Stdio {
+    /// The process has a pty: stdin and stdout are its two directions, stderr is not used.
+    pub terminal: bool,
+    /// Read from; `None`: /dev/null.
+    pub stdin: Option<OwnedFd>,
+    /// Written to; `None`: /dev/null.
+    pub stdout: Option<OwnedFd>,
+    /// Written to; `None`: /dev/null.
+    pub stderr: Option<OwnedFd>,
+}
+
+/// What happens in a sandbox, in order. For each container OOM comes before the exit it caused, and the init
+/// process's exit after those of its execs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// The kernel killed a process of the container for want of memory.
+    Oom {
+        /// The container.
+        container: String,
+    },
+    /// A started process ended.
+    Exited {
+        /// The container.
+        container: String,
+        /// The exec; `None`: the init process.
+        exec: Option<String>,
+        /// As a shell reports it: the exit code, or 128 + the signal's number.
+        status: u32,
+        /// When, by the host's clock.
+        at: SystemTime,
+        /// Its pid on the host.
+        pid: u32,
+    },
+    /// The machine is gone, by itself or by [`Sandbox::shutdown`]. The last event.
+    SandboxEnded {
+        /// Why.
+        reason: String,
+        /// The last lines of the guest's console.
+        console_tail: String,
+    },
+}
+
+/// How a process ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Exit {
+    /// As a shell reports it: the exit code, or 128 + the signal's number.
+    pub status: u32,
+    /// When, by the host's clock.
+    pub at: SystemTime,
+}
+
+/// Where a process is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProcessStatus {
+    /// Made (or, an exec, added), not started.
+    Created,
+    /// Started.
+    Running,
+    /// Ended.
+    Stopped {
+        /// See [`Exit::status`].
+        status: u32,
+        /// See [`Exit::at`].
+        at: SystemTime,
+    },
+}
+
+/// A process of a container.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProcessInfo {
+    /// Its pid in the guest.
+    pub pid: i32,
+    /// The exec that it is the first process of.
+    pub exec: Option<String>,
+}

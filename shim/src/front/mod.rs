@@ -1,0 +1,1 @@
+//! What engines say, turned into calls of the engine.

@@ -1,0 +1,3 @@
+//! One concept of the host each.
+
+pub mod rootfs;
