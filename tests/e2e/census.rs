@@ -1,0 +1,99 @@
+//! What husk may leave on a host: taken before and after, both must be the same.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::host;
+
+/// Everything on the host that a container could leave, with its count.
+#[derive(PartialEq, Eq)]
+pub struct Census(BTreeMap<String, usize>);
+
+impl Census {
+    pub fn take() -> Self {
+        let mut found = BTreeMap::new();
+        let mut add = |what: String| *found.entry(what).or_insert(0) += 1;
+        for process in host::processes() {
+            if process.name.contains("husk") || process.name == "ctr" {
+                add(format!("process {}", process.name));
+            }
+            for namespace in ["net", "mnt", "pid"] {
+                if let Ok(link) = fs::read_link(format!("/proc/{}/ns/{namespace}", process.pid)) {
+                    found_once(&mut add, &link.to_string_lossy());
+                }
+            }
+        }
+        for line in fs::read_to_string("/proc/self/mountinfo").unwrap().lines() {
+            add(format!("mount {}", line.split(' ').nth(4).unwrap_or("?")));
+        }
+        for line in fs::read_to_string("/proc/net/unix").unwrap().lines() {
+            if let Some(path) = line.split_whitespace().nth(7) {
+                if path.contains("husk") || path.contains("/containerd/s/") {
+                    add(format!("socket {path}"));
+                }
+            }
+        }
+        walk(Path::new("/sys/fs/cgroup"), 6, &mut |path| {
+            add(format!("cgroup {path}"))
+        });
+        for directory in [
+            "/run/husk",
+            "/run/containerd/s",
+            "/run/containerd/io.containerd.runtime.v2.task",
+        ] {
+            walk(Path::new(directory), 2, &mut |path| {
+                add(format!("directory {path}"))
+            });
+            for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+                add(format!("entry {}", entry.path().display()));
+            }
+        }
+        // A namespace's number says nothing; how many there are does.
+        let namespaces = found.keys().filter(|key| key.starts_with("namespace")).count();
+        found.retain(|key, _| !key.starts_with("namespace"));
+        found.insert("namespaces".into(), namespaces);
+        Self(found)
+    }
+
+    /// Asserts that the host is as it was; the last of what a container left may take a moment to go.
+    #[track_caller]
+    pub fn assert_unchanged(&self) {
+        let end = Instant::now() + Duration::from_secs(30);
+        loop {
+            let now = Self::take();
+            if now == *self {
+                return;
+            }
+            if Instant::now() >= end {
+                host::print_logs();
+                let mut report = String::new();
+                for key in self.0.keys().chain(now.0.keys()) {
+                    let (before, after) = (self.0.get(key).unwrap_or(&0), now.0.get(key).unwrap_or(&0));
+                    if before != after && !report.contains(key.as_str()) {
+                        report += &format!("  {key}: {before} before, {after} after\n");
+                    }
+                }
+                panic!("something was left behind, or taken away:\n{report}");
+            }
+            thread::sleep(Duration::from_millis(300));
+        }
+    }
+}
+
+fn found_once(add: &mut impl FnMut(String), namespace: &str) {
+    add(format!("namespace {namespace}"));
+}
+
+fn walk(directory: &Path, depth: usize, add: &mut impl FnMut(String)) {
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|t| t.is_dir()) {
+            add(entry.path().display().to_string());
+            if depth > 1 {
+                walk(&entry.path(), depth - 1, add);
+            }
+        }
+    }
+}
