@@ -1,0 +1,102 @@
+# husk: everything a developer or a user runs from a checkout. `make help` lists it.
+#
+# Nothing has to be there before but Debian 12 or 13 with make, and root or sudo: missing tools are installed as
+# Debian packages, or live in roots of their own in the cache (HUSK_CACHE, by default ~/.cache/husk).
+
+PREFIX ?= /usr/local
+DESTDIR ?=
+
+SHELL := /bin/bash
+CARGO := guest-image/cargo
+TARGET := target/x86_64-unknown-linux-gnu
+# What `make install` copies; `make` puts it together.
+OUT := target/husk
+# What the tests need beside husk itself.
+E2E := target/e2e
+
+say = @printf '\n==> %s\n' '$(1)'
+
+.PHONY: help
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.DEFAULT_GOAL := build
+
+.PHONY: build
+build: programs guest-image ## husk's programs and guest image, in target/husk
+
+.PHONY: programs
+programs:
+	$(call say,building the programs)
+	$(CARGO) build --release --locked -p husk-shim -p husk-vmm -p husk-fsd -p husk-agent
+	@mkdir -p $(OUT)
+	@install -m 755 -C $(addprefix $(TARGET)/release/,containerd-shim-husk-v2 husk husk-vmm husk-fsd) $(OUT)
+
+.PHONY: guest-image
+guest-image: programs
+	$(call say,guest image: kernel and initramfs)
+	@guest-image/build-kernel -o $(OUT) >/dev/null
+	@guest-image/build-initramfs $(TARGET)/release/husk-agent $(OUT)/initramfs.cpio >/dev/null
+
+.PHONY: install
+install: ## install what `make` built, under PREFIX (/usr/local)
+	@test -e $(OUT)/initramfs.cpio || { echo 'make install: nothing is built yet; run `make` first' >&2; exit 1; }
+	install -d $(addprefix $(DESTDIR)$(PREFIX)/,bin libexec/husk lib/husk share/husk)
+	install -m 755 $(OUT)/containerd-shim-husk-v2 $(OUT)/husk $(DESTDIR)$(PREFIX)/bin
+	install -m 755 $(OUT)/husk-vmm $(OUT)/husk-fsd $(DESTDIR)$(PREFIX)/libexec/husk
+	install -m 644 $(OUT)/vmlinux $(OUT)/initramfs.cpio $(DESTDIR)$(PREFIX)/lib/husk
+	install -m 644 configs/*.toml $(DESTDIR)$(PREFIX)/share/husk
+
+.PHONY: uninstall
+uninstall: ## remove what `make install` installed
+	rm -f $(addprefix $(DESTDIR)$(PREFIX)/bin/,containerd-shim-husk-v2 husk)
+	rm -rf $(addprefix $(DESTDIR)$(PREFIX)/,libexec/husk lib/husk share/husk)
+
+.PHONY: run
+run: build ## a container in a microVM; make run CMD='…' runs that in it
+	@tests/run-demo $(if $(CMD),sh -c '$(subst ','\'',$(CMD))')
+
+.PHONY: test
+test: check unit e2e ## all tests
+	$(call say,all tests passed)
+
+.PHONY: check
+check: ## formatting and lints
+	$(call say,formatting and lints)
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --locked --workspace --all-targets --all-features -- -D warnings
+
+.PHONY: unit
+unit: ## the tests that need no virtual machine
+	$(call say,unit and property tests)
+	tests/as-root $(CARGO) test --locked --workspace
+
+.PHONY: e2e-programs
+e2e-programs:
+	$(call say,building the end-to-end suites)
+	@mkdir -p $(E2E)
+	@$(CARGO) test --release --locked -p husk-tests --features e2e --test e2e --no-run --message-format=json-render-diagnostics \
+		| sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | xargs -I{} install -m 755 -C {} $(E2E)/e2e
+
+.PHONY: e2e
+e2e: build e2e-programs ## the end-to-end suites, under containerd 1.7 and 2.1
+	@tests/run-e2e $(TESTS)
+
+.PHONY: test-long
+test-long: build e2e-programs ## what takes longer: gigabyte streams, the kernel built twice
+	HUSK_TEST_FLOOD_MB=1024 tests/run-e2e
+	guest-image/build-kernel --check-reproducible
+
+.PHONY: bench
+bench: build e2e-programs ## husk and runc in turn, in a clock that counts instructions
+	@tests/run-bench
+
+.PHONY: host-shell
+host-shell: build ## a shell in the test host, with husk installed
+	@tests/host/install
+	@tests/host/exec -t -- bash -l
+
+.PHONY: clean
+clean: ## remove what was built in the checkout; the cache stays
+	-@tests/host/stop 2>/dev/null
+	rm -rf target
