@@ -9,8 +9,9 @@ DESTDIR ?=
 SHELL := /bin/bash
 CARGO := guest-image/cargo
 TARGET := target/x86_64-unknown-linux-gnu
-# What `make install` copies; `make` puts it together.
+# What `make install` copies, laid out as under PREFIX; its programs run from there as well.
 OUT := target/husk
+DIRECTORIES := bin libexec/husk lib/husk share/husk
 # What the tests need beside husk itself.
 E2E := target/e2e
 
@@ -29,23 +30,25 @@ build: programs guest-image ## husk's programs and guest image, in target/husk
 programs:
 	$(call say,building the programs)
 	$(CARGO) build --release --locked -p husk-shim -p husk-vmm -p husk-fsd -p husk-agent
-	@mkdir -p $(OUT)
-	@install -m 755 -C $(addprefix $(TARGET)/release/,containerd-shim-husk-v2 husk husk-vmm husk-fsd) $(OUT)
+	@install -d $(addprefix $(OUT)/,$(DIRECTORIES))
+	@install -m 755 -C $(addprefix $(TARGET)/release/,containerd-shim-husk-v2 husk) $(OUT)/bin
+	@install -m 755 -C $(addprefix $(TARGET)/release/,husk-vmm husk-fsd) $(OUT)/libexec/husk
+	@install -m 644 -C configs/*.toml $(OUT)/share/husk
 
 .PHONY: guest-image
 guest-image: programs
 	$(call say,guest image: kernel and initramfs)
-	@guest-image/build-kernel -o $(OUT) >/dev/null
-	@guest-image/build-initramfs $(TARGET)/release/husk-agent $(OUT)/initramfs.cpio >/dev/null
+	@guest-image/build-kernel -o $(OUT)/lib/husk >/dev/null
+	@guest-image/build-initramfs $(TARGET)/release/husk-agent $(OUT)/lib/husk/initramfs.cpio >/dev/null
 
 .PHONY: install
 install: ## install what `make` built, under PREFIX (/usr/local)
-	@test -e $(OUT)/initramfs.cpio || { echo 'make install: nothing is built yet; run `make` first' >&2; exit 1; }
-	install -d $(addprefix $(DESTDIR)$(PREFIX)/,bin libexec/husk lib/husk share/husk)
-	install -m 755 $(OUT)/containerd-shim-husk-v2 $(OUT)/husk $(DESTDIR)$(PREFIX)/bin
-	install -m 755 $(OUT)/husk-vmm $(OUT)/husk-fsd $(DESTDIR)$(PREFIX)/libexec/husk
-	install -m 644 $(OUT)/vmlinux $(OUT)/initramfs.cpio $(DESTDIR)$(PREFIX)/lib/husk
-	install -m 644 configs/*.toml $(DESTDIR)$(PREFIX)/share/husk
+	@test -e $(OUT)/lib/husk/initramfs.cpio || { echo 'make install: nothing is built yet; run `make` first' >&2; exit 1; }
+	install -d $(addprefix $(DESTDIR)$(PREFIX)/,$(DIRECTORIES))
+	install -m 755 $(OUT)/bin/* $(DESTDIR)$(PREFIX)/bin
+	install -m 755 $(OUT)/libexec/husk/* $(DESTDIR)$(PREFIX)/libexec/husk
+	install -m 644 $(OUT)/lib/husk/* $(DESTDIR)$(PREFIX)/lib/husk
+	install -m 644 $(OUT)/share/husk/* $(DESTDIR)$(PREFIX)/share/husk
 
 .PHONY: uninstall
 uninstall: ## remove what `make install` installed
