@@ -1,1 +1,3 @@
-//! (being written)
+//! What the tests are made of: the machine they run on ([`testhost`]).
+
+pub mod testhost;
