@@ -1,1 +1,169 @@
-//! The socket device.
+//! The socket device: the guest's vsock connections are joined to unix streams that the engine hands over.
+//!
+//! Nothing here opens a socket. The engine offers streams over a channel ([`husk_vmm_protocol::vsock`]): for a
+//! connection that the guest will make, or to be connected to the guest. Data moves between a stream and the
+//! guest's buffers without a copy where both are ready.
+
+pub mod connection;
+pub mod credit;
+pub mod muxer;
+pub mod offers;
+pub mod packet;
+pub mod worker;
+
+#[cfg(test)]
+mod connection_test;
+#[cfg(test)]
+mod vsock_test;
+
+use crate::virtio::device::{ActivateError, Activation, ActiveQueue, Device};
+use crate::worker::Worker;
+use muxer::Muxer;
+use offers::Offers;
+use serde::{Deserialize, Serialize};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_queue::QueueT;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use worker::{Doorbell, VsockWorker};
+
+/// Queues: to the guest, from the guest, events.
+const QUEUE_SIZES: [u16; 3] = [128, 128, 16];
+
+/// What is kept of the device across a snapshot. Connections are not: their streams belong to an engine of
+/// another time. The guest is told by a transport reset.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct State {
+    /// The guest's context id.
+    pub guest_cid: u64,
+    /// Whether the guest has to be told that all its connections are lost.
+    pub transport_reset: bool,
+}
+
+/// The socket device.
+#[derive(Debug)]
+pub struct Vsock {
+    /// `struct virtio_vsock_config`: the guest's context id.
+    config: [u8; 8],
+    guest_cid: u64,
+    /// The channel, when no worker has it.
+    offers: Option<Offers>,
+    worker: Option<Running>,
+    /// The guest is to be told of a transport reset; shared with the worker, which takes it.
+    transport_reset: Arc<AtomicBool>,
+}
+
+#[derive(Debug)]
+struct Running {
+    worker: Worker<VsockWorker>,
+    again: EventFd,
+}
+
+impl Vsock {
+    /// A device whose guest is called `guest_cid`, with streams from `offers`, a `SOCK_SEQPACKET` socket.
+    pub fn new(guest_cid: u64, offers: OwnedFd) -> Self {
+        Self {
+            config: guest_cid.to_le_bytes(),
+            guest_cid,
+            offers: Some(Offers::new(offers)),
+            worker: None,
+            transport_reset: Arc::new(AtomicBool::new(false)),
+        }
+    }
+
+    /// What a copy of the device has to know.
+    pub fn save(&self) -> State {
+        State {
+            guest_cid: self.guest_cid,
+            transport_reset: self.worker.is_some() || self.transport_reset.load(Ordering::Acquire),
+        }
+    }
+
+    /// A copy of a saved device.
+    pub fn restore(state: State, offers: OwnedFd) -> Self {
+        let device = Self::new(state.guest_cid, offers);
+        device
+            .transport_reset
+            .store(state.transport_reset, Ordering::Release);
+        device
+    }
+
+    /// Closes all connections and tells the guest that they are lost; streams that wait for the guest go on to.
+    /// On a device that is not active the guest is told when it is.
+    pub fn transport_reset(&self) {
+        self.transport_reset.store(true, Ordering::Release);
+        if let Some(running) = &self.worker {
+            // Fails only when the counter is full, and then the worker is called already.
+            let _ = running.again.write(1);
+        }
+    }
+}
+
+impl Device for Vsock {
+    fn kind(&self) -> u32 {
+        VIRTIO_ID_VSOCK
+    }
+
+    fn queue_max_sizes(&self) -> &'static [u16] {
+        &QUEUE_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        1 << VIRTIO_RING_F_EVENT_IDX
+    }
+
+    fn config(&self) -> &[u8] {
+        &self.config
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        if self.worker.is_some() {
+            return Err(ActivateError::Active);
+        }
+        let mut queues: [ActiveQueue; QUEUE_SIZES.len()] = activation
+            .queues
+            .try_into()
+            .map_err(|queues: Vec<_>| ActivateError::QueueMissing(queues.len()))?;
+        // The queue of events may be left out: then no event can be told.
+        for (number, queue) in queues.iter().take(2).enumerate() {
+            if !queue.queue.ready() {
+                return Err(ActivateError::QueueMissing(number));
+            }
+        }
+        for queue in &mut queues {
+            queue
+                .queue
+                .set_event_idx(activation.features & self.features() != 0);
+        }
+        let again = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(ActivateError::Worker)?;
+        let doorbell = Doorbell {
+            again: again.try_clone().map_err(ActivateError::Worker)?,
+            reset: self.transport_reset.clone(),
+        };
+        let offers = self.offers.take().ok_or(ActivateError::HostEnd)?;
+        let worker = VsockWorker::new(
+            activation.memory,
+            queues,
+            activation.interrupt,
+            Muxer::new(self.guest_cid, offers),
+            doorbell,
+        )
+        .and_then(|worker| Worker::spawn("vsock", worker))
+        .map_err(ActivateError::Worker)?;
+        self.worker = Some(Running { worker, again });
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        if let Some(running) = self.worker.take() {
+            self.offers = running
+                .worker
+                .stop()
+                .map(|worker| worker.into_muxer().into_offers());
+        }
+    }
+}
