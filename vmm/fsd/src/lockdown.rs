@@ -1,0 +1,274 @@
+//! What the server gives up before it reads its first request.
+//!
+//! It ends with the share as its root directory in a mount namespace of its own, a private /proc/self/fd and
+//! nothing else of /proc, the capabilities of [`capabilities::KEPT`], and no descriptors but those of its table.
+//! Mounts that the host makes beneath the share later still show up: the namespace is a slave of the host's. For
+//! that the host has to have the share on a shared mount (`mount --make-shared`).
+
+use crate::capabilities::{self, Sets, set_of};
+use crate::sys::Errno;
+use std::ffi::CStr;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::ptr;
+
+/// Why the server could not lock itself up, or was started wrongly.
+#[derive(Debug, thiserror::Error)]
+pub enum LockdownError {
+    /// A descriptor of the table is missing or of the wrong kind.
+    #[error("descriptor {fd} is not {expected}; husk-fsd is started by husk, not by hand")]
+    Descriptor {
+        /// Its number.
+        fd: RawFd,
+        /// What it should be.
+        expected: &'static str,
+    },
+    /// A step failed.
+    #[error("{step}: {source}")]
+    Step {
+        /// What was being done.
+        step: &'static str,
+        /// The cause.
+        source: Errno,
+    },
+}
+
+/// What the server still has afterwards, besides its channel.
+#[derive(Debug)]
+pub struct Jail {
+    /// The share's root directory (`O_PATH`): also the process's.
+    pub root: OwnedFd,
+    /// /proc/self/fd (`O_PATH`), on a procfs mounted nowhere.
+    pub proc_fds: OwnedFd,
+}
+
+const SECBIT_NOROOT: libc::c_ulong = 1 << 0;
+const SECBIT_NO_SETUID_FIXUP: libc::c_ulong = 1 << 2;
+const SECBIT_KEEP_CAPS_LOCKED: libc::c_ulong = 1 << 5;
+const SECBIT_NO_CAP_AMBIENT_RAISE: libc::c_ulong = 1 << 6;
+
+/// Bits that keep capabilities apart from user ids: the server takes on a caller's ids without losing its rights.
+/// Each is locked (the next higher bit).
+const SECURE_BITS: libc::c_ulong = SECBIT_NOROOT
+    | (SECBIT_NOROOT << 1)
+    | SECBIT_NO_SETUID_FIXUP
+    | (SECBIT_NO_SETUID_FIXUP << 1)
+    | SECBIT_KEEP_CAPS_LOCKED
+    | SECBIT_NO_CAP_AMBIENT_RAISE
+    | (SECBIT_NO_CAP_AMBIENT_RAISE << 1);
+
+const FSCONFIG_SET_STRING: libc::c_uint = 1;
+const FSCONFIG_CMD_CREATE: libc::c_uint = 6;
+const FSMOUNT_CLOEXEC: libc::c_uint = 1;
+const FSOPEN_CLOEXEC: libc::c_uint = 1;
+const MOVE_MOUNT_F_EMPTY_PATH: libc::c_uint = 4;
+
+/// Checks that the share's descriptor is a directory and the channel's a packet socket.
+///
+/// # Errors
+/// When one is not.
+pub fn check_descriptors(share: RawFd, channel: RawFd) -> Result<(), LockdownError> {
+    // SAFETY: stat is plain integers, for which zero is valid; it lives through the call.
+    let is_directory = unsafe {
+        let mut stat: libc::stat = std::mem::zeroed();
+        libc::fstat(share, &raw mut stat) == 0 && stat.st_mode & libc::S_IFMT == libc::S_IFDIR
+    };
+    if !is_directory {
+        return Err(LockdownError::Descriptor {
+            fd: share,
+            expected: "the share's root directory",
+        });
+    }
+    if socket_option(channel, libc::SO_TYPE) != Some(libc::SOCK_SEQPACKET)
+        || socket_option(channel, libc::SO_DOMAIN) != Some(libc::AF_UNIX)
+    {
+        return Err(LockdownError::Descriptor {
+            fd: channel,
+            expected: "a Unix packet socket to husk-vmm",
+        });
+    }
+    Ok(())
+}
+
+fn socket_option(fd: RawFd, option: libc::c_int) -> Option<libc::c_int> {
+    let mut value: libc::c_int = 0;
+    let mut len = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: `value` has room for the length given; both live through the call.
+    let result = unsafe {
+        libc::getsockopt(
+            fd,
+            libc::SOL_SOCKET,
+            option,
+            (&raw mut value).cast(),
+            &raw mut len,
+        )
+    };
+    (result == 0).then_some(value)
+}
+
+/// Locks the process up. To be called once, before it has other threads. `share` is consumed: it belongs to the
+/// host's mount namespace. All descriptors from `end` on are closed.
+///
+/// # Errors
+/// At the first step that fails. The process is then of no use.
+pub fn enter(share: OwnedFd, end: RawFd) -> Result<Jail, LockdownError> {
+    let step = |step: &'static str| move |source: Errno| LockdownError::Step { step, source };
+
+    close_from(end).map_err(step("closing descriptors that were passed by mistake"))?;
+    set_limits().map_err(step("setting resource limits"))?;
+    // SAFETY: no pointers are involved.
+    unsafe { libc::umask(0) };
+
+    // A working directory moves along into a new mount namespace; a descriptor stays in the old one.
+    call(unsafe_fchdir(share.as_fd())).map_err(step("entering the share"))?;
+    drop(share);
+    // SAFETY: no pointers are involved; the process has one thread.
+    call(unsafe { libc::unshare(libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS) })
+        .map_err(step("making namespaces (husk-fsd must be started as root)"))?;
+    mount_flags(libc::MS_REC | libc::MS_SLAVE).map_err(step("cutting the way for mounts to the host"))?;
+    let proc_fds = private_proc_fds().map_err(step("making a private /proc"))?;
+    let root = take_share_as_root().map_err(step("making the share the root directory"))?;
+
+    drop_rights().map_err(step("giving up capabilities"))?;
+    Ok(Jail { root, proc_fds })
+}
+
+fn call(result: libc::c_int) -> Result<(), Errno> {
+    if result < 0 { Err(Errno::last()) } else { Ok(()) }
+}
+
+fn descriptor(result: libc::c_long) -> Result<OwnedFd, Errno> {
+    match RawFd::try_from(result) {
+        // SAFETY: the system call has just made this descriptor; nobody else owns it.
+        Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
+        _ => Err(Errno::last()),
+    }
+}
+
+fn unsafe_fchdir(fd: BorrowedFd<'_>) -> libc::c_int {
+    // SAFETY: no pointers are involved.
+    unsafe { libc::fchdir(fd.as_raw_fd()) }
+}
+
+fn close_from(end: RawFd) -> Result<(), Errno> {
+    // SAFETY: the process has not yet opened anything of its own that it still uses.
+    let result = unsafe { libc::syscall(libc::SYS_close_range, end, libc::c_uint::MAX, 0) };
+    if result < 0 { Err(Errno::last()) } else { Ok(()) }
+}
+
+/// As many descriptors as the host allows (each file that the guest knows takes one), and no core dump, which would
+/// hold the guest's data.
+fn set_limits() -> Result<(), Errno> {
+    let mut files = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: `files` lives through the call.
+    call(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut files) })?;
+    files.rlim_cur = files.rlim_max;
+    // SAFETY: `files` lives through the call.
+    call(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const files) })?;
+    let none = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: `none` lives through the call.
+    call(unsafe { libc::setrlimit(libc::RLIMIT_CORE, &raw const none) })?;
+    // A file larger than RLIMIT_FSIZE is to be an error that the guest sees, not the server's end.
+    // SAFETY: ignoring a signal installs no handler.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+    Ok(())
+}
+
+fn mount_flags(flags: libc::c_ulong) -> Result<(), Errno> {
+    // SAFETY: the strings are NUL-terminated and live through the call; null is allowed where it is given.
+    call(unsafe { libc::mount(c"none".as_ptr(), c"/".as_ptr(), ptr::null(), flags, ptr::null()) })
+}
+
+/// /proc/self/fd of a procfs that shows processes alone and has no place in the file tree.
+fn private_proc_fds() -> Result<OwnedFd, Errno> {
+    // SAFETY: the string is NUL-terminated and lives through the call.
+    let context = descriptor(unsafe { libc::syscall(libc::SYS_fsopen, c"proc".as_ptr(), FSOPEN_CLOEXEC) })?;
+    let configure = |command: libc::c_uint, key: Option<&CStr>, value: Option<&CStr>| {
+        // SAFETY: the strings are NUL-terminated and live through the call; null where the command has none.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_fsconfig,
+                context.as_raw_fd(),
+                command,
+                key.map_or(ptr::null(), CStr::as_ptr),
+                value.map_or(ptr::null(), CStr::as_ptr),
+                0,
+            )
+        };
+        if result < 0 { Err(Errno::last()) } else { Ok(()) }
+    };
+    configure(FSCONFIG_SET_STRING, Some(c"subset"), Some(c"pid"))?;
+    configure(FSCONFIG_CMD_CREATE, None, None)?;
+    // SAFETY: no pointers are involved.
+    let mount =
+        descriptor(unsafe { libc::syscall(libc::SYS_fsmount, context.as_raw_fd(), FSMOUNT_CLOEXEC, 0) })?;
+    open_path(mount.as_fd(), c"self/fd")
+}
+
+fn open_path(dir: BorrowedFd<'_>, path: &CStr) -> Result<OwnedFd, Errno> {
+    let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC;
+    // SAFETY: the path is NUL-terminated and lives through the call.
+    descriptor(unsafe { libc::openat(dir.as_raw_fd(), path.as_ptr(), flags) }.into())
+}
+
+/// Makes the working directory the root directory; the former root is gone from the namespace.
+fn take_share_as_root() -> Result<OwnedFd, Errno> {
+    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | libc::AT_RECURSIVE as libc::c_uint;
+    // SAFETY: the path is NUL-terminated and lives through the call.
+    let tree =
+        descriptor(unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, c".".as_ptr(), flags) })?;
+    // SAFETY: the paths are NUL-terminated and live through the call.
+    let moved = unsafe {
+        libc::syscall(
+            libc::SYS_move_mount,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_FDCWD,
+            c".".as_ptr(),
+            MOVE_MOUNT_F_EMPTY_PATH,
+        )
+    };
+    if moved < 0 {
+        return Err(Errno::last());
+    }
+    call(unsafe_fchdir(tree.as_fd()))?;
+    // With both arguments the same, the old root ends up on top of the new one, whence it is detached.
+    // SAFETY: the paths are NUL-terminated and live through the call.
+    let pivoted = unsafe { libc::syscall(libc::SYS_pivot_root, c".".as_ptr(), c".".as_ptr()) };
+    if pivoted < 0 {
+        return Err(Errno::last());
+    }
+    // SAFETY: the path is NUL-terminated and lives through the call.
+    call(unsafe { libc::umount2(c".".as_ptr(), libc::MNT_DETACH) })?;
+    // SAFETY: the path is NUL-terminated and lives through the call.
+    call(unsafe { libc::chdir(c"/".as_ptr()) })?;
+    open_path(tree.as_fd(), c".")
+}
+
+fn drop_rights() -> Result<(), Errno> {
+    let prctl = |option: libc::c_int, argument: libc::c_ulong| {
+        // SAFETY: none of the options used here takes a pointer.
+        unsafe { libc::prctl(option, argument, 0, 0, 0) }
+    };
+    call(prctl(libc::PR_SET_SECUREBITS, SECURE_BITS))?;
+    for capability in 0..capabilities::END {
+        if !capabilities::KEPT.contains(&capability) && prctl(libc::PR_CAPBSET_READ, capability.into()) == 1 {
+            call(prctl(libc::PR_CAPBSET_DROP, capability.into()))?;
+        }
+    }
+    // SAFETY: no groups are given, so no pointer is read.
+    call(unsafe { libc::setgroups(0, ptr::null()) })?;
+    let kept = set_of(&capabilities::KEPT) & capabilities::get()?.permitted;
+    capabilities::set(Sets {
+        effective: kept,
+        permitted: kept,
+        inheritable: 0,
+    })?;
+    call(prctl(libc::PR_SET_NO_NEW_PRIVS, 1))?;
+    call(prctl(libc::PR_SET_DUMPABLE, 0))
+}
