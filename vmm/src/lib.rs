@@ -8,6 +8,14 @@
 //! bounds what it reads, and allocates nothing by a number of the guest's choosing.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::indexing_slicing))]
 
+pub mod boot;
+pub mod bus;
+pub mod control;
+pub mod cpu;
+pub mod fds;
+pub mod irq;
+pub mod layout;
+pub mod lockdown;
 pub mod log;
 pub mod memory;
 pub mod virtio;

@@ -79,9 +79,8 @@ impl Poll {
             return Err(io::Error::last_os_error());
         }
         // SAFETY: `fd` was just made and belongs to nobody else.
-        Ok(Self {
-            epoll: unsafe { OwnedFd::from_raw_fd(fd) },
-        })
+        let epoll = unsafe { OwnedFd::from_raw_fd(fd) };
+        Ok(Self { epoll })
     }
 
     /// Waits for `events` (EPOLL bits) of `fd` from now on, named `token` (any but `u32::MAX`).
@@ -170,11 +169,8 @@ impl<H: Handler> Worker<H> {
         let poll = Poll::new()?;
         let stop = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
         // SAFETY: `stop` is open here, and the thread that waits for it ends before `stop` is dropped.
-        poll.add(
-            unsafe { BorrowedFd::borrow_raw(stop.as_raw_fd()) },
-            STOP,
-            READABLE,
-        )?;
+        let stop_fd = unsafe { BorrowedFd::borrow_raw(stop.as_raw_fd()) };
+        poll.add(stop_fd, STOP, READABLE)?;
         handler.register(&poll)?;
         let thread_name = name.to_owned();
         let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {

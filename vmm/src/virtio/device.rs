@@ -131,8 +131,19 @@ impl Interrupt {
             .store(bits & (INTERRUPT_QUEUE | INTERRUPT_CONFIG), Ordering::SeqCst);
     }
 
+    /// Raises the line once more if there is something that the driver has not acknowledged.
+    pub fn raise_again(&self) {
+        if self.status() != 0 {
+            self.raise();
+        }
+    }
+
     fn signal(&self, bit: u32) {
         self.status.fetch_or(bit, Ordering::SeqCst);
+        self.raise();
+    }
+
+    fn raise(&self) {
         if let Err(e) = self.irq.write(1) {
             warning!("an interrupt was lost: {e}");
         }

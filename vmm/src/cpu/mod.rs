@@ -1,0 +1,4 @@
+//! The guest's processors.
+
+pub mod cpuid;
+pub mod vcpu;

@@ -1,0 +1,255 @@
+//! The descriptors that the engine handed over: each is taken once, and checked to be of the kind that its number
+//! stands for.
+
+use husk_vmm_protocol::fds::vmm as table;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+
+/// Why the descriptors are not as they should be.
+#[derive(Debug, thiserror::Error)]
+pub enum FdError {
+    /// Nothing is open at this number.
+    #[error("descriptor {fd} ({name}) is not open; husk-vmm is started by husk, not by hand")]
+    Missing {
+        /// The number.
+        fd: RawFd,
+        /// What should be there.
+        name: &'static str,
+        /// The cause.
+        source: io::Error,
+    },
+    /// Something else is open at this number.
+    #[error("descriptor {fd} ({name}) is not {expected}")]
+    WrongKind {
+        /// The number.
+        fd: RawFd,
+        /// What should be there.
+        name: &'static str,
+        /// The kind that it should have.
+        expected: &'static str,
+    },
+    /// More descriptors are open than there should be.
+    #[error("descriptor {0} is open, but the table ends before it; shim and VMM must be of one version")]
+    TooMany(RawFd),
+    /// Those beyond the table could not be closed.
+    #[error("the descriptors beyond the table could not be closed")]
+    Close(#[source] io::Error),
+}
+
+/// The table but for log and control socket, each descriptor of its kind.
+#[derive(Debug)]
+pub struct Fds {
+    /// /dev/kvm.
+    pub kvm: OwnedFd,
+    /// The memfd of guest memory; size and seals are checked when it is mapped.
+    pub memory: File,
+    /// The kernel.
+    pub kernel: File,
+    /// The initramfs.
+    pub initramfs: File,
+    /// The console's pipe.
+    pub console: OwnedFd,
+    /// The file server's channel.
+    pub fs: OwnedFd,
+    /// The streams' channel.
+    pub vsock: OwnedFd,
+}
+
+#[derive(Clone, Copy)]
+enum Kind {
+    PacketSocket,
+    CharacterDevice,
+    ReadableFile,
+    SharedFile,
+    NonBlockingPipe,
+}
+
+impl Kind {
+    fn name(self) -> &'static str {
+        match self {
+            Self::PacketSocket => "a unix socket of sequenced packets",
+            Self::CharacterDevice => "a character device, open for reading and writing",
+            Self::ReadableFile => "a regular file, open for reading",
+            Self::SharedFile => "a memfd, open for reading and writing",
+            Self::NonBlockingPipe => "a pipe, open for writing without blocking",
+        }
+    }
+}
+
+/// Takes the control socket alone, the first that is needed: errors are reported on it.
+///
+/// # Errors
+/// When it is not there.
+///
+/// # Safety
+/// To be called once, at the start of the process, before anything else made descriptors.
+pub unsafe fn take_control() -> Result<OwnedFd, FdError> {
+    // SAFETY: by the caller's promise nobody else owns it.
+    unsafe { take(table::CONTROL, "control socket", Kind::PacketSocket) }
+}
+
+/// Takes the other descriptors of the table and closes all beyond it.
+///
+/// # Errors
+/// When one is missing or of another kind, or when there are more.
+///
+/// # Safety
+/// To be called once, at the start of the process, before anything else made descriptors.
+pub unsafe fn take_rest() -> Result<Fds, FdError> {
+    close_rest()?;
+    // SAFETY: by the caller's promise nobody else owns them, and no number is taken twice.
+    unsafe {
+        Ok(Fds {
+            kvm: take(table::KVM, "/dev/kvm", Kind::CharacterDevice)?,
+            memory: take(table::MEMORY, "guest memory", Kind::SharedFile)?.into(),
+            kernel: take(table::KERNEL, "kernel", Kind::ReadableFile)?.into(),
+            initramfs: take(table::INITRAMFS, "initramfs", Kind::ReadableFile)?.into(),
+            console: take(table::CONSOLE, "console", Kind::NonBlockingPipe)?,
+            fs: take(table::FS, "file server's channel", Kind::PacketSocket)?,
+            vsock: take(table::VSOCK, "streams' channel", Kind::PacketSocket)?,
+        })
+    }
+}
+
+/// # Safety
+/// `fd` is nobody else's.
+unsafe fn take(fd: RawFd, name: &'static str, kind: Kind) -> Result<OwnedFd, FdError> {
+    // SAFETY: no pointers are involved.
+    let flags = unsafe { libc::fcntl(fd, libc::F_GETFL) };
+    if flags < 0 {
+        return Err(FdError::Missing {
+            fd,
+            name,
+            source: io::Error::last_os_error(),
+        });
+    }
+    // SAFETY: it is open, and by the caller's promise nobody else owns it.
+    let file = unsafe { OwnedFd::from_raw_fd(fd) };
+    if is_kind(&file, flags, kind) {
+        Ok(file)
+    } else {
+        Err(FdError::WrongKind {
+            fd,
+            name,
+            expected: kind.name(),
+        })
+    }
+}
+
+fn is_kind(file: &OwnedFd, flags: i32, kind: Kind) -> bool {
+    // SAFETY: all zeroes is a valid stat.
+    let mut stat: libc::stat = unsafe { std::mem::zeroed() };
+    // SAFETY: `stat` has the size that the call writes.
+    if unsafe { libc::fstat(file.as_raw_fd(), &raw mut stat) } != 0 {
+        return false;
+    }
+    let format = stat.st_mode & libc::S_IFMT;
+    let access = flags & libc::O_ACCMODE;
+    match kind {
+        Kind::PacketSocket => {
+            format == libc::S_IFSOCK
+                && option(file, libc::SO_DOMAIN) == Some(libc::AF_UNIX)
+                && option(file, libc::SO_TYPE) == Some(libc::SOCK_SEQPACKET)
+        }
+        Kind::CharacterDevice => format == libc::S_IFCHR && access == libc::O_RDWR,
+        Kind::ReadableFile => {
+            format == libc::S_IFREG && access != libc::O_WRONLY && flags & libc::O_PATH == 0
+        }
+        Kind::SharedFile => format == libc::S_IFREG && access == libc::O_RDWR,
+        Kind::NonBlockingPipe => {
+            format == libc::S_IFIFO && access == libc::O_WRONLY && flags & libc::O_NONBLOCK != 0
+        }
+    }
+}
+
+fn option(socket: &OwnedFd, name: i32) -> Option<i32> {
+    let mut value = 0i32;
+    let mut length = size_of::<i32>() as libc::socklen_t;
+    // SAFETY: `value` has the `length` bytes that the call may write.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            name,
+            (&raw mut value).cast(),
+            &raw mut length,
+        )
+    };
+    (result == 0).then_some(value)
+}
+
+/// The engine leaves nothing open beyond the table; if the next few numbers say otherwise, it is of another version.
+fn close_rest() -> Result<(), FdError> {
+    for fd in table::END..table::END.saturating_add(8) {
+        // SAFETY: no pointers are involved.
+        if unsafe { libc::fcntl(fd, libc::F_GETFD) } >= 0 {
+            return Err(FdError::TooMany(fd));
+        }
+    }
+    // SAFETY: nothing in this process owns a descriptor beyond the table yet.
+    match unsafe { libc::syscall(libc::SYS_close_range, table::END, u32::MAX, 0) } {
+        0 => Ok(()),
+        _ => Err(FdError::Close(io::Error::last_os_error())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::IntoRawFd;
+
+    fn kind_of(file: impl Into<OwnedFd>, kind: Kind) -> Result<OwnedFd, FdError> {
+        let fd = file.into().into_raw_fd();
+        // SAFETY: it was just given up by its owner.
+        unsafe { take(fd, "test", kind) }
+    }
+
+    fn pair(kind: i32) -> (OwnedFd, OwnedFd) {
+        let mut fds = [0; 2];
+        // SAFETY: room for the two descriptors that are written; they are owned by nobody else.
+        unsafe {
+            assert_eq!(libc::socketpair(libc::AF_UNIX, kind, 0, fds.as_mut_ptr()), 0);
+            (OwnedFd::from_raw_fd(fds[0]), OwnedFd::from_raw_fd(fds[1]))
+        }
+    }
+
+    #[test]
+    fn kinds_are_told_apart() {
+        assert!(kind_of(pair(libc::SOCK_SEQPACKET).0, Kind::PacketSocket).is_ok());
+        assert!(kind_of(pair(libc::SOCK_STREAM).0, Kind::PacketSocket).is_err());
+        assert!(kind_of(pair(libc::SOCK_SEQPACKET).0, Kind::ReadableFile).is_err());
+        assert!(kind_of(tempfile::tempfile().unwrap(), Kind::ReadableFile).is_ok());
+        assert!(kind_of(tempfile::tempfile().unwrap(), Kind::SharedFile).is_ok());
+        assert!(kind_of(File::open("/proc/self/exe").unwrap(), Kind::SharedFile).is_err());
+        assert!(kind_of(File::open("/dev/null").unwrap(), Kind::ReadableFile).is_err());
+        assert!(kind_of(File::open("/dev/null").unwrap(), Kind::CharacterDevice).is_err());
+        assert!(
+            kind_of(
+                File::options().read(true).write(true).open("/dev/null").unwrap(),
+                Kind::CharacterDevice
+            )
+            .is_ok()
+        );
+        let (_reader, writer) = std::io::pipe().unwrap();
+        assert!(
+            kind_of(writer.try_clone().unwrap(), Kind::NonBlockingPipe).is_err(),
+            "it blocks"
+        );
+        // SAFETY: no pointers are involved.
+        unsafe { libc::fcntl(writer.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) };
+        assert!(kind_of(writer, Kind::NonBlockingPipe).is_ok());
+    }
+
+    #[test]
+    fn a_missing_descriptor_is_named() {
+        // SAFETY: nothing is open at that number.
+        let error = unsafe { take(1_000_000, "kernel", Kind::ReadableFile) }.unwrap_err();
+        assert!(
+            error
+                .to_string()
+                .starts_with("descriptor 1000000 (kernel) is not open"),
+            "{error}"
+        );
+    }
+}

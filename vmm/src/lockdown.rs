@@ -1,0 +1,81 @@
+//! What the VMM gives up before it runs a guest. For now: all capabilities, the chance to get any back, and being
+//! looked into. It must be called while there is but one thread: capabilities are a thread's.
+
+use caps::CapSet;
+use std::io;
+
+/// Why the VMM could not give up a right.
+#[derive(Debug, thiserror::Error)]
+pub enum LockdownError {
+    /// A set of capabilities could not be emptied.
+    #[error("the capabilities could not be dropped")]
+    Capabilities(#[from] caps::errors::CapsError),
+    /// A `prctl` failed.
+    #[error("{what} could not be set")]
+    Prctl {
+        /// What was to be set.
+        what: &'static str,
+        /// The cause.
+        source: io::Error,
+    },
+    /// A resource limit could not be set.
+    #[error("a resource limit could not be set")]
+    Limit(#[source] io::Error),
+}
+
+/// Gives up all that this process has not to do with.
+///
+/// # Errors
+/// When any of it cannot be given up; the VMM must not run then.
+pub fn enter() -> Result<(), LockdownError> {
+    // No core dumps: they would hold the guest's memory.
+    limit(libc::RLIMIT_CORE, 0)?;
+    prctl("PR_SET_DUMPABLE", libc::PR_SET_DUMPABLE, 0)?;
+    prctl("PR_SET_NO_NEW_PRIVS", libc::PR_SET_NO_NEW_PRIVS, 1)?;
+    drop_bounding()?;
+    caps::clear(None, CapSet::Ambient)?;
+    for set in [CapSet::Effective, CapSet::Permitted, CapSet::Inheritable] {
+        caps::clear(None, set)?;
+    }
+    Ok(())
+}
+
+/// The bounding set can only be lowered with CAP_SETPCAP; a VMM that was started without it has nothing to lower
+/// that `no_new_privs` does not already keep it from.
+fn drop_bounding() -> Result<(), LockdownError> {
+    if caps::has_cap(None, CapSet::Effective, caps::Capability::CAP_SETPCAP)? {
+        caps::clear(None, CapSet::Bounding)?;
+    }
+    Ok(())
+}
+
+fn prctl(what: &'static str, option: i32, value: libc::c_ulong) -> Result<(), LockdownError> {
+    // SAFETY: these options take plain numbers.
+    match unsafe {
+        libc::prctl(
+            option,
+            value,
+            0 as libc::c_ulong,
+            0 as libc::c_ulong,
+            0 as libc::c_ulong,
+        )
+    } {
+        0 => Ok(()),
+        _ => Err(LockdownError::Prctl {
+            what,
+            source: io::Error::last_os_error(),
+        }),
+    }
+}
+
+fn limit(resource: libc::__rlimit_resource_t, value: libc::rlim_t) -> Result<(), LockdownError> {
+    let limit = libc::rlimit {
+        rlim_cur: value,
+        rlim_max: value,
+    };
+    // SAFETY: `limit` lives through the call.
+    match unsafe { libc::setrlimit(resource, &raw const limit) } {
+        0 => Ok(()),
+        _ => Err(LockdownError::Limit(io::Error::last_os_error())),
+    }
+}
