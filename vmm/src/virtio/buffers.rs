@@ -2,12 +2,14 @@
 
 use crate::memory::Memory;
 use std::io;
+use std::ops::Deref;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use virtio_queue::DescriptorChain;
 use vm_memory::{ByteValued, GuestMemory, Permissions, VolatileSlice};
 
-/// Most pieces of memory in one chain. Linux drivers stay far below; a chain of more is refused.
-pub const MAX_PIECES: usize = 256;
+/// Most pieces of memory that a chain has to read, and as many to write: a file-system request has one for each
+/// page of its 1 MiB and a few more. A chain of more is refused.
+pub const MAX_PIECES: usize = 512;
 
 /// Most pieces handed to the kernel in one call, to bound what stands on the stack. A call that moves less than
 /// there is has to be expected anyway.
@@ -49,10 +51,13 @@ pub struct Buffers<'m> {
 ///
 /// # Errors
 /// See [`ChainError`]; the chain then has to be returned unused.
-pub fn split<'m>(
-    chain: DescriptorChain<&'m Memory>,
+pub fn split<'m, M>(
+    chain: DescriptorChain<M>,
     memory: &'m Memory,
-) -> Result<(Buffers<'m>, Buffers<'m>), ChainError> {
+) -> Result<(Buffers<'m>, Buffers<'m>), ChainError>
+where
+    M: Deref<Target = Memory>,
+{
     let mut readable = Buffers::default();
     let mut writable = Buffers::default();
     let mut more = None;
@@ -102,7 +107,7 @@ impl<'m> Buffers<'m> {
     }
 
     /// The pieces that are left, together [`len`](Self::len) bytes.
-    fn pieces(&self) -> impl Iterator<Item = VolatileSlice<'m>> + '_ {
+    pub(super) fn pieces(&self) -> impl Iterator<Item = VolatileSlice<'m>> + '_ {
         let mut left = self.len;
         self.pieces.iter().skip(self.first).map_while(move |piece| {
             let count = piece.len().min(left);
