@@ -1,0 +1,140 @@
+//! Refuses, by name, each field of a spec that husk does not apply in the guest, so that none is dropped silently.
+//!
+//! Not refused here, since the host side applies or refuses them: `hooks` that run on the host, `linux.cgroupsPath`,
+//! `linux.intelRdt`, `linux.resources.blockIO`, the cpusets of `linux.resources.cpu`, and the network namespace.
+//! `annotations` have no effect by definition. `process` is checked in [`crate::process::plan`], `mounts` in
+//! [`super::mounts`], `linux.resources` in [`super::resources`].
+//!
+//! Rules in `linux.resources.devices` are accepted and **not enforced yet**: a container has the nodes that its spec
+//! names, and CAP_MKNOD decides over others.
+
+use std::collections::HashMap;
+
+use oci_spec::runtime::{Linux, Spec};
+
+use crate::fault::Fault;
+
+/// Goes over the whole of `spec`.
+///
+/// # Errors
+///
+/// The first field that would be dropped.
+pub fn check(spec: &Spec) -> Result<(), Fault> {
+    let refuse = |field: &str, why: &str| Err(Fault::spec(field, why));
+    if spec.solaris().is_some() {
+        return refuse("solaris", "this is Linux");
+    }
+    if spec.windows().is_some() {
+        return refuse("windows", "this is Linux");
+    }
+    if spec.zos().is_some() {
+        return refuse("zos", "this is Linux");
+    }
+    if spec.vm().is_some() {
+        return refuse(
+            "vm",
+            "is not supported: the operator's configuration describes the machine",
+        );
+    }
+    if let Some(hooks) = spec.hooks() {
+        if hooks
+            .start_container()
+            .as_ref()
+            .is_some_and(|hooks| !hooks.is_empty())
+        {
+            return refuse("hooks.startContainer", "is not supported yet");
+        }
+    }
+    spec.linux().as_ref().map_or(Ok(()), check_linux)
+}
+
+fn check_linux(linux: &Linux) -> Result<(), Fault> {
+    let refuse = |field: &str, why: &str| Err(Fault::spec(format_args!("linux.{field}"), why));
+    fn some<T>(list: &Option<Vec<T>>) -> bool {
+        list.as_ref().is_some_and(|list| !list.is_empty())
+    }
+    fn any<T>(map: &Option<HashMap<String, T>>) -> bool {
+        map.as_ref().is_some_and(|map| !map.is_empty())
+    }
+    if some(linux.uid_mappings()) {
+        return refuse("uidMappings", "user namespaces are not supported yet");
+    }
+    if some(linux.gid_mappings()) {
+        return refuse("gidMappings", "user namespaces are not supported yet");
+    }
+    if any(linux.net_devices()) {
+        return refuse("netDevices", "is not supported yet");
+    }
+    if any(linux.time_offsets()) {
+        return refuse("timeOffsets", "time namespaces are not supported yet");
+    }
+    if linux.memory_policy().is_some() {
+        return refuse("memoryPolicy", "the guest has no NUMA");
+    }
+    if linux
+        .mount_label()
+        .as_deref()
+        .is_some_and(|label| !label.is_empty())
+    {
+        return refuse("mountLabel", "the guest's kernel has no SELinux");
+    }
+    if linux.seccomp().is_some() {
+        return refuse("seccomp", "is not supported yet");
+    }
+    if let Some(personality) = linux.personality() {
+        if some(personality.flags()) {
+            return refuse("personality.flags", "the spec defines none");
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_would_be_dropped_is_refused_by_name() {
+        for (field, json) in [
+            (
+                "hooks.startContainer",
+                r#"{"hooks":{"startContainer":[{"path":"/x"}]}}"#,
+            ),
+            (
+                "linux.uidMappings",
+                r#"{"linux":{"uidMappings":[{"hostID":1,"containerID":0,"size":1}]}}"#,
+            ),
+            (
+                "linux.timeOffsets",
+                r#"{"linux":{"timeOffsets":{"boottime":{"secs":1}}}}"#,
+            ),
+            (
+                "linux.seccomp",
+                r#"{"linux":{"seccomp":{"defaultAction":"SCMP_ACT_ERRNO"}}}"#,
+            ),
+            ("linux.mountLabel", r#"{"linux":{"mountLabel":"x"}}"#),
+            (
+                "linux.memoryPolicy",
+                r#"{"linux":{"memoryPolicy":{"mode":"MPOL_BIND","nodes":"0"}}}"#,
+            ),
+            ("vm", r#"{"vm":{"kernel":{"path":"/k"}}}"#),
+        ] {
+            let spec: Spec = serde_json::from_str(json).unwrap();
+            let fault = check(&spec).unwrap_err();
+            assert!(
+                fault.message.starts_with(&format!("{field}: ")),
+                "{}",
+                fault.message
+            );
+        }
+    }
+
+    #[test]
+    fn what_the_host_applies_is_not() {
+        let spec: Spec = serde_json::from_str(
+            r#"{"hooks":{"prestart":[{"path":"/x"}]},"linux":{"cgroupsPath":"/a","seccomp":null},"annotations":{"a":"b"}}"#,
+        )
+        .unwrap();
+        assert_eq!(check(&spec), Ok(()));
+    }
+}

@@ -1,0 +1,192 @@
+//! What a container's init process does between fork and exec: it makes the container around itself, top to bottom.
+//! It runs in its new namespaces and cgroup. Whatever fails, its exit takes all of it along: the mounts are in a
+//! namespace that nobody else is in.
+
+use std::{
+    convert::Infallible,
+    ffi::{CStr, CString},
+    io,
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+    path::Path,
+};
+
+use nix::{
+    errno::Errno,
+    fcntl::{OFlag, open},
+    mount::{MntFlags, MsFlags, mount, umount2},
+    sched::{CloneFlags, unshare},
+    sys::stat::{Mode, SFlag, fstat, major, minor},
+};
+
+use super::{
+    devices,
+    plan::ContainerPlan,
+    root::{Kind, Root},
+};
+use crate::{
+    fault::Fault,
+    process::{enter, launch::Reporter},
+    stdio::ProcessEnd,
+    sys,
+};
+
+/// Makes the container that `plan` says and execs its command when the agent says go.
+pub fn run(
+    id: &str,
+    plan: &ContainerPlan,
+    stdio: &ProcessEnd,
+    reporter: &Reporter,
+) -> Result<Infallible, Fault> {
+    enter::prepare(&plan.process)?;
+    let keyring = CString::new(format!("_ses.{id}")).unwrap_or_default();
+    sys::join_session_keyring(&keyring).map_err(|error| Fault::system("session keyring", error))?;
+    if plan.namespaces.cgroup {
+        unshare(CloneFlags::CLONE_NEWCGROUP).map_err(|error| Fault::system("cgroup namespace", error))?;
+    }
+    if let Some(hostname) = &plan.hostname {
+        nix::unistd::sethostname(hostname).map_err(|error| Fault::system("set hostname", error))?;
+    }
+    if let Some(domainname) = &plan.domainname {
+        set_domainname(domainname).map_err(|error| Fault::system("set domainname", error))?;
+    }
+    // While the guest's own /proc is still there; a container need not have one.
+    plan.sysctls.iter().try_for_each(|sysctl| sysctl.apply())?;
+
+    let root = attach_root(&plan.rootfs)?;
+    plan.mounts.iter().try_for_each(|mount| mount.apply(&root))?;
+    if !plan.mounts.iter().any(|mount| mount.is_host_dev()) {
+        devices::make(&plan.devices, &root)?;
+    }
+    let cwd = Path::new(plan.process.cwd.to_str().unwrap_or("/"));
+    if cwd != Path::new("/") {
+        root.ensure(cwd, Kind::Directory)
+            .map_err(|error| Fault::system("make process.cwd", error))?;
+    }
+    enter_root(&root)?;
+
+    let terminal = enter::connect(&plan.process, stdio)?;
+    if let Some(terminal) = &terminal {
+        devices::console(terminal.slave.as_fd(), &root)?;
+    }
+    protect_paths(plan)?;
+    if plan.read_only {
+        sys::set_mount_attributes(root.directory(), libc::MOUNT_ATTR_RDONLY, 0, 0, false)
+            .map_err(|error| Fault::system("make the root read-only", error))?;
+    }
+    if let Some((propagation, recursive)) = plan.propagation {
+        sys::set_mount_attributes(root.directory(), 0, 0, propagation, recursive)
+            .map_err(|error| Fault::system("set linux.rootfsPropagation", error))?;
+    }
+    drop(root);
+    if let Some(personality) = plan.personality {
+        // SAFETY: integers only.
+        if unsafe { libc::personality(personality) } < 0 {
+            return Err(Fault::system("set linux.personality", Errno::last()));
+        }
+    }
+    enter::exec(&plan.process, terminal, reporter, true)
+}
+
+fn set_domainname(name: &str) -> io::Result<()> {
+    // SAFETY: a pointer and its length.
+    let result = unsafe { libc::setdomainname(name.as_ptr().cast(), name.len()) };
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+/// Cuts this mount namespace off from the agent's, and makes the root file system a mount of its own.
+fn attach_root(rootfs: &Path) -> Result<Root, Fault> {
+    let failed = |error: io::Error| Fault::system("mount the root file system", error);
+    let none = None::<&str>;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none)
+        .map_err(|error| failed(error.into()))?;
+    let directory = open(
+        rootfs,
+        OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC,
+        Mode::empty(),
+    )
+    .map_err(|error| Fault::system(format_args!("rootfs {} in the guest", rootfs.display()), error))?;
+    let tree = sys::clone_tree(directory.as_fd(), true).map_err(failed)?;
+    // Nothing that is mounted in the container shall show up at another copy of this mount.
+    sys::set_mount_attributes(tree.as_fd(), 0, 0, libc::MS_PRIVATE, true).map_err(failed)?;
+    sys::attach_tree(tree.as_fd(), directory.as_fd()).map_err(failed)?;
+    Ok(Root::new(tree))
+}
+
+/// Makes `root` this process's root, and lets go of the old one.
+fn enter_root(root: &Root) -> Result<(), Fault> {
+    let failed = |error: io::Error| Fault::system("pivot_root", error);
+    nix::unistd::fchdir(root.directory()).map_err(|error| failed(error.into()))?;
+    sys::pivot_root_here().map_err(failed)?;
+    // The old root is on top of the new one now. Its unmounting must not reach the agent's mounts.
+    let none = None::<&str>;
+    mount(none, ".", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none)
+        .map_err(|error| failed(error.into()))?;
+    umount2(".", MntFlags::MNT_DETACH).map_err(|error| failed(error.into()))?;
+    nix::unistd::chdir("/").map_err(|error| failed(error.into()))
+}
+
+/// `linux.readonlyPaths` and `linux.maskedPaths`; those that do not exist need no protection.
+fn protect_paths(plan: &ContainerPlan) -> Result<(), Fault> {
+    for path in &plan.read_only_paths {
+        let failed = |error| Fault::system(format_args!("make {} read-only", path.to_string_lossy()), error);
+        if let Some(place) = existing(path).map_err(failed)? {
+            let tree = sys::clone_tree(place.as_fd(), true).map_err(failed)?;
+            sys::set_mount_attributes(tree.as_fd(), libc::MOUNT_ATTR_RDONLY, 0, 0, true).map_err(failed)?;
+            sys::attach_tree(tree.as_fd(), place.as_fd()).map_err(failed)?;
+        }
+    }
+    for path in &plan.masked_paths {
+        let failed = |error| Fault::system(format_args!("mask {}", path.to_string_lossy()), error);
+        if let Some(place) = existing(path).map_err(failed)? {
+            let stat = fstat(&place).map_err(|error| failed(error.into()))?;
+            let tree = if SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT == SFlag::S_IFDIR {
+                let empty = sys::FileSystem::open(c"tmpfs").map_err(failed)?;
+                empty.mount(libc::MOUNT_ATTR_RDONLY).map_err(failed)?
+            } else {
+                let null = existing(c"/dev/null").map_err(failed)?;
+                let null = null.ok_or_else(|| failed(Errno::ENOENT.into()))?;
+                let stat = fstat(&null).map_err(|error| failed(error.into()))?;
+                // What the image calls so may be a file of its own, which would be no mask.
+                if (major(stat.st_rdev), minor(stat.st_rdev)) != (1, 3) {
+                    return Err(Fault::spec(
+                        "linux.maskedPaths",
+                        "the container's /dev/null is another file",
+                    ));
+                }
+                sys::clone_tree(null.as_fd(), false).map_err(failed)?
+            };
+            sys::attach_tree(tree.as_fd(), place.as_fd()).map_err(failed)?;
+        }
+    }
+    Ok(())
+}
+
+fn existing(path: &CStr) -> io::Result<Option<OwnedFd>> {
+    match open(path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()) {
+        Ok(place) => Ok(Some(place)),
+        Err(Errno::ENOENT | Errno::ENOTDIR) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// What a process that joins a running container does between fork and exec. It is in the container's pid
+/// namespace and cgroup already; `init` is a pidfd of the container's init process.
+pub fn join(
+    plan: &crate::process::plan::ProcessPlan,
+    init: &OwnedFd,
+    stdio: &ProcessEnd,
+    reporter: &Reporter,
+) -> Result<Infallible, Fault> {
+    enter::prepare(plan)?;
+    let namespaces = libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS | libc::CLONE_NEWCGROUP;
+    // SAFETY: a descriptor and flags.
+    if unsafe { libc::setns(init.as_raw_fd(), namespaces) } < 0 {
+        return Err(Fault::system("join the container", Errno::last()));
+    }
+    let terminal = enter::connect(plan, stdio)?;
+    enter::exec(plan, terminal, reporter, false)
+}

@@ -1,0 +1,14 @@
+//! A container: what it shall be ([`plan`], refused in [`check`] if husk cannot do it), its cgroup, and how its init
+//! process makes it between fork and exec ([`create`]).
+
+pub mod cgroup;
+pub mod check;
+pub mod create;
+pub mod devices;
+pub mod mount_options;
+pub mod mounts;
+pub mod namespaces;
+pub mod plan;
+pub mod resources;
+pub mod root;
+pub mod sysctl;

@@ -1,0 +1,224 @@
+//! The table of mount options: what each word of `mounts[].options` means to the mount API.
+
+use std::ffi::CString;
+
+use crate::fault::Fault;
+
+const RDONLY: u64 = libc::MOUNT_ATTR_RDONLY;
+const NOSUID: u64 = libc::MOUNT_ATTR_NOSUID;
+const NODEV: u64 = libc::MOUNT_ATTR_NODEV;
+const NOEXEC: u64 = libc::MOUNT_ATTR_NOEXEC;
+const ATIME: u64 = libc::MOUNT_ATTR__ATIME;
+const NOATIME: u64 = libc::MOUNT_ATTR_NOATIME;
+const STRICTATIME: u64 = libc::MOUNT_ATTR_STRICTATIME;
+const NODIRATIME: u64 = libc::MOUNT_ATTR_NODIRATIME;
+const NOSYMFOLLOW: u64 = libc::MOUNT_ATTR_NOSYMFOLLOW;
+
+/// Attributes of a mount to set and to clear.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Attributes {
+    pub set: u64,
+    pub clear: u64,
+}
+
+impl Attributes {
+    /// A later word wins over an earlier one.
+    fn add(&mut self, set: u64, clear: u64) {
+        self.set = (self.set & !clear) | set;
+        self.clear = (self.clear & !set) | clear;
+        // The kernel takes a change of the atime mode only with the whole mode cleared.
+        if (set | clear) & ATIME != 0 {
+            self.clear |= ATIME;
+        }
+    }
+}
+
+/// What the options of one mount say.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Options {
+    /// `Some(recursive)` for a bind mount.
+    pub bind: Option<bool>,
+    /// Of this mount alone.
+    pub attributes: Attributes,
+    /// Of this mount and all below it.
+    pub recursive: Attributes,
+    /// (`MS_…`, recursive), in order.
+    pub propagation: Vec<(u64, bool)>,
+    /// Options of the file system: key and, with `=`, value.
+    pub data: Vec<(CString, Option<CString>)>,
+}
+
+impl Options {
+    /// Parses `words`; `field` names the mount in messages.
+    ///
+    /// # Errors
+    ///
+    /// A word that husk does not apply.
+    pub fn parse(words: &[String], field: &str) -> Result<Self, Fault> {
+        let mut options = Self::default();
+        for word in words {
+            if !options.word(word) {
+                let problem = match word.as_str() {
+                    "idmap" | "ridmap" | "tmpcopyup" | "remount" | "iversion" | "mand" => "is not supported",
+                    _ => "contains a NUL character",
+                };
+                return Err(Fault::spec(
+                    format_args!("{field}.options"),
+                    format_args!("{word:?} {problem}"),
+                ));
+            }
+        }
+        Ok(options)
+    }
+
+    fn word(&mut self, word: &str) -> bool {
+        if let Some((set, clear)) = attribute(word) {
+            self.attributes.add(set, clear);
+            return true;
+        }
+        if let Some((set, clear)) = word.strip_prefix('r').and_then(attribute) {
+            self.recursive.add(set, clear);
+            return true;
+        }
+        if let Some(propagation) = propagation(word) {
+            self.propagation.push(propagation);
+            return true;
+        }
+        match word {
+            "bind" => {
+                self.bind.get_or_insert(false);
+            }
+            "rbind" => self.bind = Some(true),
+            // These say what is so anyway, or speak about messages only.
+            "defaults" | "nomand" | "noiversion" | "silent" | "loud" => {}
+            "idmap" | "ridmap" | "tmpcopyup" | "remount" | "iversion" | "mand" => return false,
+            data => {
+                let (key, value) = match data.split_once('=') {
+                    Some((key, value)) => (key, Some(value)),
+                    None => (data, None),
+                };
+                let (Ok(key), Ok(value)) = (CString::new(key), value.map(CString::new).transpose()) else {
+                    return false;
+                };
+                self.data.push((key, value));
+            }
+        }
+        true
+    }
+}
+
+/// (set, clear) of the words that have a recursive form with `r` before them.
+fn attribute(word: &str) -> Option<(u64, u64)> {
+    Some(match word {
+        "ro" => (RDONLY, 0),
+        "rw" => (0, RDONLY),
+        "nosuid" => (NOSUID, 0),
+        "suid" => (0, NOSUID),
+        "nodev" => (NODEV, 0),
+        "dev" => (0, NODEV),
+        "noexec" => (NOEXEC, 0),
+        "exec" => (0, NOEXEC),
+        "nodiratime" => (NODIRATIME, 0),
+        "diratime" => (0, NODIRATIME),
+        "nosymfollow" => (NOSYMFOLLOW, 0),
+        "symfollow" => (0, NOSYMFOLLOW),
+        // One of three modes, of which relatime is the one without a bit.
+        "noatime" => (NOATIME, ATIME & !NOATIME),
+        "strictatime" | "norelatime" => (STRICTATIME, ATIME & !STRICTATIME),
+        "relatime" | "atime" | "nostrictatime" => (0, ATIME),
+        _ => return None,
+    })
+}
+
+fn propagation(word: &str) -> Option<(u64, bool)> {
+    Some(match word {
+        "private" => (libc::MS_PRIVATE, false),
+        "rprivate" => (libc::MS_PRIVATE, true),
+        "shared" => (libc::MS_SHARED, false),
+        "rshared" => (libc::MS_SHARED, true),
+        "slave" => (libc::MS_SLAVE, false),
+        "rslave" => (libc::MS_SLAVE, true),
+        "unbindable" => (libc::MS_UNBINDABLE, false),
+        "runbindable" => (libc::MS_UNBINDABLE, true),
+        _ => return None,
+    })
+}
+
+/// The propagation that a spec's `linux.rootfsPropagation` names.
+pub fn root_propagation(word: &str) -> Option<(u64, bool)> {
+    propagation(word)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn parse(words: &[&str]) -> Result<Options, Fault> {
+        Options::parse(
+            &words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>(),
+            "mounts[0]",
+        )
+    }
+
+    #[test]
+    fn words_of_engines_are_understood() {
+        let options = parse(&["nosuid", "strictatime", "mode=755", "size=65536k"]).unwrap();
+        assert_eq!(
+            options.attributes,
+            Attributes {
+                set: NOSUID | STRICTATIME,
+                clear: ATIME
+            } // clear holds the whole mode, set the new one
+        );
+        assert_eq!(
+            options.data,
+            [
+                (c"mode".to_owned(), Some(c"755".to_owned())),
+                (c"size".to_owned(), Some(c"65536k".to_owned()))
+            ]
+        );
+        let options = parse(&["rbind", "rprivate", "ro"]).unwrap();
+        assert_eq!(options.bind, Some(true));
+        assert_eq!(options.propagation, [(libc::MS_PRIVATE, true)]);
+        assert_eq!(options.attributes.set, RDONLY);
+        assert_eq!(parse(&["rbind", "rro"]).unwrap().recursive.set, RDONLY);
+        assert!(options.data.is_empty());
+    }
+
+    #[test]
+    fn the_last_word_wins() {
+        assert_eq!(
+            parse(&["ro", "rw"]).unwrap().attributes,
+            Attributes {
+                set: 0,
+                clear: RDONLY
+            }
+        );
+        assert_eq!(
+            parse(&["noatime", "relatime"]).unwrap().attributes,
+            Attributes { set: 0, clear: ATIME }
+        );
+        assert_eq!(parse(&["rbind", "bind"]).unwrap().bind, Some(true));
+    }
+
+    #[test]
+    fn unsupported_words_are_named() {
+        for word in ["idmap", "tmpcopyup", "remount", "a\0b"] {
+            let fault = parse(&[word]).unwrap_err();
+            assert!(
+                fault.message.starts_with(&format!("mounts[0].options: {word:?}")),
+                "{}",
+                fault.message
+            );
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_words_parse_or_not(words in proptest::collection::vec(".{0,12}", 0..8)) {
+            let _ = Options::parse(&words, "mounts[0]");
+        }
+    }
+}

@@ -1,0 +1,252 @@
+//! PID 1 of the guest: what the kernel leaves to the first program, and how the machine ends.
+
+use std::{
+    fmt, fs, io,
+    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+use husk_agent_protocol::limits::GUEST_SHARE;
+use nix::{
+    mount::{MsFlags, mount},
+    sys::stat::{Mode, umask},
+    unistd::{chdir, chroot},
+};
+
+use crate::{
+    dial::Dial,
+    log,
+    process::launch,
+    sandbox::{Config, Sandbox},
+    serve, sys,
+};
+
+/// Where cgroup v2 is.
+const CGROUPS: &str = "/sys/fs/cgroup";
+
+/// Descriptors that a process may have. The agent itself takes as many.
+const MAX_FILES: u64 = 1 << 20;
+
+/// (source, target, type, flags, data)
+type Mount = (&'static str, &'static str, &'static str, MsFlags, &'static str);
+
+const SAFE: MsFlags = MsFlags::MS_NOSUID
+    .union(MsFlags::MS_NODEV)
+    .union(MsFlags::MS_NOEXEC);
+
+const MOUNTS: &[Mount] = &[
+    ("proc", "/proc", "proc", SAFE, ""),
+    ("sysfs", "/sys", "sysfs", SAFE, ""),
+    ("devtmpfs", "/dev", "devtmpfs", MsFlags::MS_NOSUID, "mode=0755"),
+    (
+        "devpts",
+        "/dev/pts",
+        "devpts",
+        MsFlags::MS_NOSUID.union(MsFlags::MS_NOEXEC),
+        "mode=0620,gid=5,ptmxmode=0666",
+    ),
+    ("tmpfs", "/dev/shm", "tmpfs", SAFE, "mode=1777"),
+    ("mqueue", "/dev/mqueue", "mqueue", SAFE, ""),
+    (
+        "tmpfs",
+        "/run",
+        "tmpfs",
+        MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV),
+        "mode=0755",
+    ),
+    (
+        "tmpfs",
+        "/tmp",
+        "tmpfs",
+        MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV),
+        "mode=1777",
+    ),
+    (
+        "cgroup2",
+        CGROUPS,
+        "cgroup2",
+        SAFE,
+        "nsdelegate,memory_recursiveprot",
+    ),
+];
+
+/// Settings of the kernel: (below /proc/sys, value).
+const SETTINGS: &[(&str, &str)] = &[
+    // The agent bounds its own log; the kernel's bound is too low to tell what went wrong.
+    ("kernel/printk_devkmsg", "on"),
+    ("kernel/pid_max", "4194304"),
+];
+
+/// Something that the guest cannot do without failed.
+#[derive(Debug, thiserror::Error)]
+#[error("{what}: {error}")]
+pub struct InitError {
+    what: String,
+    error: io::Error,
+}
+
+fn failed(what: impl fmt::Display) -> impl FnOnce(io::Error) -> InitError {
+    move |error| InitError {
+        what: what.to_string(),
+        error,
+    }
+}
+
+/// Runs as PID 1 until the machine is reset.
+pub fn run_machine() -> ! {
+    let error = match prepare_machine() {
+        Err(error) => error.to_string(),
+        Ok(config) => match run(config) {
+            Ok(()) => "the agent has nothing left to do".to_owned(),
+            Err(error) => error.to_string(),
+        },
+    };
+    die(format_args!("{error}"))
+}
+
+/// Runs the agent where the machine is somebody else's.
+///
+/// # Errors
+///
+/// Something the agent needs is missing.
+pub fn run_outside(config: Config) -> io::Result<()> {
+    // Whatever loses its parent in a container shall be ours to reap, as it is PID 1's.
+    sys::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0)?;
+    fs::create_dir_all(&config.cgroups)?;
+    run(config)
+}
+
+fn run(config: Config) -> io::Result<()> {
+    // What is forked from here must not be traced or inspected by a container before its exec.
+    sys::prctl(libc::PR_SET_DUMPABLE, 0, 0)?;
+    umask(Mode::from_bits_truncate(0o022));
+    report_panics();
+    // One thread, always: forking without exec is safe only so. Nothing here may use blocking tasks.
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(serve::run(Sandbox::new(config)?))
+}
+
+fn prepare_machine() -> Result<Config, InitError> {
+    enter_tmpfs()?;
+    for (source, target, kind, flags, data) in MOUNTS {
+        fs::create_dir_all(target).map_err(failed(format_args!("mkdir {target}")))?;
+        let mounted = mount(Some(*source), *target, Some(*kind), *flags, Some(*data));
+        mounted.map_err(|error| failed(format_args!("mount {target}"))(error.into()))?;
+        if *target == "/dev" {
+            log::to_kernel().map_err(failed("open /dev/kmsg"))?;
+        }
+    }
+    for (name, value) in SETTINGS {
+        fs::write(Path::new("/proc/sys").join(name), value).map_err(failed(format_args!("set {name}")))?;
+    }
+    sys::set_rlimit(libc::RLIMIT_NOFILE, MAX_FILES, MAX_FILES).map_err(failed("RLIMIT_NOFILE"))?;
+    loopback_up().map_err(failed("bring up lo"))?;
+    let cgroups = prepare_cgroups(Path::new(CGROUPS)).map_err(failed("prepare cgroups"))?;
+    Ok(Config {
+        dial: Dial::Vsock,
+        share: GUEST_SHARE.into(),
+        cgroups,
+        machine: true,
+    })
+}
+
+/// Moves from the initial ramfs to a tmpfs: pivot_root(2) refuses a root that is mounted on nothing, as the initial
+/// one is, and every container needs it.
+fn enter_tmpfs() -> Result<(), InitError> {
+    const NEW: &str = "/newroot";
+    let failed = |what| move |error: nix::Error| failed(what)(error.into());
+    fs::create_dir_all(NEW).map_err(|error| InitError {
+        what: "mkdir /newroot".into(),
+        error,
+    })?;
+    mount(
+        Some("root"),
+        NEW,
+        Some("tmpfs"),
+        MsFlags::empty(),
+        Some("mode=0755"),
+    )
+    .map_err(failed("mount the root"))?;
+    chdir(NEW).map_err(failed("chdir"))?;
+    mount(Some("."), "/", None::<&str>, MsFlags::MS_MOVE, None::<&str>).map_err(failed("move the root"))?;
+    chroot(".").map_err(failed("chroot"))?;
+    chdir("/").map_err(failed("chdir"))
+}
+
+/// The agent moves to a leaf of its own, so that every controller can be handed down. Answers where containers'
+/// cgroups go.
+fn prepare_cgroups(root: &Path) -> io::Result<PathBuf> {
+    let own = root.join("husk-agent");
+    fs::create_dir(&own)?;
+    fs::write(own.join("cgroup.procs"), "0")?;
+    let containers = root.join("husk");
+    fs::create_dir(&containers)?;
+    for directory in [root, &containers] {
+        let controllers = fs::read_to_string(directory.join("cgroup.controllers"))?;
+        for controller in controllers.split_whitespace() {
+            // One at a time, so that the log can name the one that does not work; a limit that needs it is refused.
+            if let Err(error) = fs::write(directory.join("cgroup.subtree_control"), format!("+{controller}"))
+            {
+                log::warning!("cgroup controller {controller}: {error}");
+            }
+        }
+    }
+    Ok(containers)
+}
+
+fn loopback_up() -> io::Result<()> {
+    // SAFETY: integers only.
+    let fd = unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: socket(2) has just made this descriptor for us.
+    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+    // SAFETY: all-zero is a valid ifreq.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
+        *to = *from as libc::c_char;
+    }
+    request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
+    // SAFETY: the request reads one ifreq.
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) };
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+/// Says why on the log, and ends the machine: a guest without its agent is of no use to anybody, and the host sees a
+/// reset at once.
+pub fn die(why: fmt::Arguments<'_>) -> ! {
+    log::log(log::Level::Emergency, format_args!("fatal: {why}"));
+    shut_down(std::process::id() == 1)
+}
+
+/// Flushes file systems and resets the machine, or ends the process if the machine is somebody else's.
+pub fn shut_down(machine: bool) -> ! {
+    if machine {
+        nix::unistd::sync();
+        // SAFETY: ends this machine, which is ours.
+        unsafe { libc::reboot(libc::RB_AUTOBOOT) };
+        log::log(
+            log::Level::Emergency,
+            format_args!("reset: {}", io::Error::last_os_error()),
+        );
+    }
+    std::process::exit(if machine { 1 } else { 0 })
+}
+
+fn report_panics() {
+    std::panic::set_hook(Box::new(|panic| {
+        // A child that panics is an exit of that child; its parent reports it.
+        if launch::is_forked() {
+            // SAFETY: ends this process without running the exit handlers that belong to the agent.
+            unsafe { libc::_exit(125) }
+        }
+        die(format_args!("{panic}"))
+    }));
+}

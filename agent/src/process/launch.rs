@@ -1,0 +1,198 @@
+//! Forking: the child's first steps, and the socket on which it reports to the agent until its exec closes it.
+
+use std::{
+    io::{IoSlice, IoSliceMut},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+    sync::atomic::{AtomicBool, Ordering},
+};
+
+use husk_agent_protocol::limits::MAX_MESSAGE_LEN;
+use nix::{
+    cmsg_space,
+    errno::Errno,
+    sys::{
+        signal::{SigHandler, SigSet, SigmaskHow, Signal, signal, sigprocmask},
+        socket::{
+            AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg,
+            sendmsg, socketpair,
+        },
+    },
+};
+use tokio::io::{Interest, unix::AsyncFd};
+
+use crate::{fault::Fault, sys};
+
+const READY: u8 = b'r';
+const GO: u8 = b'g';
+
+/// Whether this process is a forked child of the agent rather than the agent.
+static FORKED: AtomicBool = AtomicBool::new(false);
+
+/// Whether this process is a forked child of the agent: then a panic is not the end of the machine.
+pub fn is_forked() -> bool {
+    FORKED.load(Ordering::Relaxed)
+}
+
+/// What the child says.
+#[derive(Debug)]
+pub enum Report {
+    /// All is prepared. With a terminal, its master.
+    Ready(Option<OwnedFd>),
+    /// It has failed and exits.
+    Fault(Fault),
+    /// The socket is closed: by the exec, or because the child was killed.
+    Closed,
+}
+
+/// The agent's end of the socket.
+#[derive(Debug)]
+pub struct Channel(AsyncFd<OwnedFd>);
+
+impl Channel {
+    /// The child's next report.
+    pub async fn report(&self) -> Report {
+        let received = self
+            .0
+            .async_io(Interest::READABLE, |socket| Ok(receive(socket.as_raw_fd())?))
+            .await;
+        match received {
+            Ok(report) => report,
+            Err(error) => Report::Fault(Fault::system("read from the new process", error)),
+        }
+    }
+
+    /// Lets the child exec. If it is gone already, its next report says so.
+    pub fn go(&self) {
+        let _ = nix::sys::socket::send(self.0.as_raw_fd(), &[GO], MsgFlags::MSG_NOSIGNAL);
+    }
+}
+
+fn receive(socket: RawFd) -> Result<Report, Errno> {
+    let mut packet = [0u8; MAX_MESSAGE_LEN + 1];
+    let mut space = cmsg_space!(RawFd);
+    let mut parts = [IoSliceMut::new(&mut packet)];
+    let message = recvmsg::<()>(socket, &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)?;
+    let mut passed = None;
+    for control in message.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(fds) = control {
+            for fd in fds {
+                // SAFETY: the kernel has just made this descriptor for us.
+                passed = Some(unsafe { OwnedFd::from_raw_fd(fd) });
+            }
+        }
+    }
+    let count = message.bytes;
+    let packet = packet.get(..count).unwrap_or_default();
+    Ok(match packet.first() {
+        None => Report::Closed,
+        Some(&READY) => Report::Ready(passed),
+        Some(_) => Report::Fault(
+            Fault::decode(packet).unwrap_or_else(|| Fault::system("new process", Errno::EBADMSG)),
+        ),
+    })
+}
+
+/// The child's end of the socket.
+#[derive(Debug)]
+pub struct Reporter(OwnedFd);
+
+impl Reporter {
+    /// All is prepared; `master` is the agent's end of the terminal.
+    pub fn ready(&self, master: Option<BorrowedFd<'_>>) -> Result<(), Fault> {
+        let fds: Vec<RawFd> = master.iter().map(AsRawFd::as_raw_fd).collect();
+        let control = [ControlMessage::ScmRights(&fds)];
+        let control = if fds.is_empty() { &[] } else { control.as_slice() };
+        sendmsg::<()>(
+            self.0.as_raw_fd(),
+            &[IoSlice::new(&[READY])],
+            control,
+            MsgFlags::MSG_NOSIGNAL,
+            None,
+        )
+        .map_err(|error| Fault::system("report to the agent", error))?;
+        Ok(())
+    }
+
+    /// Waits until the agent says go. `false`: the agent has given up.
+    pub fn wait(&self) -> bool {
+        let mut packet = [0u8; 1];
+        loop {
+            match nix::unistd::read(&self.0, &mut packet) {
+                Err(Errno::EINTR) => {}
+                result => return result == Ok(1) && packet == [GO],
+            }
+        }
+    }
+
+    fn fault(&self, fault: &Fault) {
+        // If the agent does not listen any more, the exit status has to do.
+        let _ = nix::sys::socket::send(self.0.as_raw_fd(), &fault.encode(), MsgFlags::MSG_NOSIGNAL);
+    }
+}
+
+/// Forks a child with `flags` (`CLONE_NEW…`) into `cgroup`, in which `child` runs until it execs or answers why it
+/// could not. Of the agent's descriptors it has only `keep` (and 0, 1, 2). Answers the pid and the socket.
+///
+/// The caller registers the pid before it yields to the reaper.
+pub fn fork(
+    flags: u64,
+    cgroup: BorrowedFd<'_>,
+    keep: &[RawFd],
+    child: impl FnOnce(&Reporter) -> Fault,
+) -> Result<(i32, Channel), Fault> {
+    let failed = |error: Errno| Fault::system("socketpair", error);
+    let (ours, theirs) = socketpair(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        None,
+        SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
+    )
+    .map_err(failed)?;
+    // The child waits in read(2).
+    nix::fcntl::fcntl(
+        theirs.as_fd(),
+        nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::empty()),
+    )
+    .map_err(failed)?;
+    let channel = sys::watch(ours, Interest::READABLE)
+        .map(Channel)
+        .map_err(|error| Fault::system("watch a socket", error))?;
+    // SAFETY: the agent is single-threaded by construction (a current-thread runtime, no blocking tasks).
+    let forked = unsafe { sys::clone3(flags, Some(cgroup)) };
+    match forked.map_err(|error| Fault::system("fork", error))? {
+        Some(pid) => Ok((pid, channel)),
+        None => {
+            FORKED.store(true, Ordering::Relaxed);
+            let reporter = Reporter(theirs);
+            let fault = match first_steps(&reporter, keep) {
+                Ok(()) => child(&reporter),
+                Err(fault) => fault,
+            };
+            reporter.fault(&fault);
+            // SAFETY: ends this process without running the exit handlers that belong to the agent.
+            unsafe { libc::_exit(fault.kind.exit_code()) }
+        }
+    }
+}
+
+fn first_steps(reporter: &Reporter, keep: &[RawFd]) -> Result<(), Fault> {
+    let mut keep: Vec<u32> = keep.iter().filter_map(|fd| u32::try_from(*fd).ok()).collect();
+    keep.extend(u32::try_from(reporter.0.as_raw_fd()));
+    keep.sort_unstable();
+    let failed = |error| Fault::system("close descriptors", error);
+    let mut next = 3;
+    for fd in keep.into_iter().filter(|fd| *fd >= 3) {
+        sys::close_range(next, fd.saturating_sub(1)).map_err(failed)?;
+        next = fd.saturating_add(1);
+    }
+    sys::close_range(next, u32::MAX).map_err(failed)?;
+
+    // The agent ignores SIGPIPE and may block signals; neither is to outlive the exec.
+    let failed = |error| Fault::system("reset signals", error);
+    // SAFETY: no handler is installed, only the default restored.
+    unsafe { signal(Signal::SIGPIPE, SigHandler::SigDfl) }.map_err(failed)?;
+    sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None).map_err(failed)?;
+
+    nix::unistd::setsid().map_err(|error| Fault::system("setsid", error))?;
+    Ok(())
+}
