@@ -87,6 +87,16 @@ where
 }
 
 impl<'m> Buffers<'m> {
+    /// A run of memory that no chain describes.
+    #[cfg(test)]
+    pub fn at(memory: &'m Memory, address: vm_memory::GuestAddress, length: usize) -> Self {
+        let mut buffers = Self::default();
+        for slice in memory.get_slices(address, length, Permissions::Write).unwrap() {
+            buffers.push(slice.unwrap()).unwrap();
+        }
+        buffers
+    }
+
     fn push(&mut self, slice: VolatileSlice<'m>) -> Result<(), ChainError> {
         if self.pieces.len() >= MAX_PIECES {
             return Err(ChainError::TooLong);

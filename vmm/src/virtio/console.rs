@@ -255,16 +255,18 @@ impl Handler for ConsoleWorker {
                 &self.memory,
                 &self.interrupt,
                 |mut bytes, _| {
-                    output.lose(bytes.len().saturating_sub(MAX_PER_CHAIN));
+                    let left_out = bytes.len().saturating_sub(MAX_PER_CHAIN);
                     bytes.truncate(MAX_PER_CHAIN);
                     let mut chunk = [0u8; CHUNK];
                     loop {
                         let count = bytes.read(&mut chunk);
                         match chunk.get(..count) {
                             Some(bytes) if !bytes.is_empty() => output.take(bytes),
-                            _ => return 0,
+                            _ => break,
                         }
                     }
+                    output.lose(left_out);
+                    0
                 },
             )?;
         }

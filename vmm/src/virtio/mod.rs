@@ -4,6 +4,8 @@ pub mod buffers;
 pub mod console;
 pub mod device;
 pub mod fs;
+#[cfg(test)]
+pub mod guest_queue;
 pub mod mmio;
 pub mod requests;
 pub mod rng;

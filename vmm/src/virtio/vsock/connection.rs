@@ -151,6 +151,12 @@ impl Connection {
         self.backlog.len()
     }
 
+    /// Whether there is data for which the guest has no room.
+    #[cfg(test)]
+    pub fn waits_for_credit(&self) -> bool {
+        self.could_read() && self.credit.to_guest() == 0
+    }
+
     /// Whether the guest knows of this connection.
     pub fn is_known_to_guest(&self) -> bool {
         self.handshake != Some(Op::Request)
@@ -240,6 +246,9 @@ impl Connection {
     pub fn event(&mut self) -> Fate {
         self.readable = true;
         self.flush();
+        if self.could_read() && self.credit.to_guest() == 0 {
+            self.look_for_input();
+        }
         if self.host_done && !self.host_deaf && is_hung_up(self.stream.as_fd()) {
             self.lose_listener();
         }
@@ -278,6 +287,14 @@ impl Connection {
             self.host_done = true;
             self.refuse_input();
         }
+        if self.credit.to_guest() > 0 {
+            self.credit_requested = false;
+            self.request_credit = false;
+        } else if self.could_read() && !self.credit_requested {
+            self.look_for_input();
+            self.credit_requested = self.could_read();
+            self.request_credit = self.credit_requested;
+        }
         let guest_done = self.guest_shutdown & SHUTDOWN_SEND != 0 && self.backlog.is_empty();
         if guest_done && !self.end_passed_on {
             self.end_passed_on = true;
@@ -288,13 +305,6 @@ impl Connection {
         }
         if self.phase == Phase::Established && self.host_done && (guest_done || self.host_deaf) {
             self.phase = Phase::Closing;
-        }
-        if self.credit.to_guest() > 0 {
-            self.credit_requested = false;
-            self.request_credit = false;
-        } else if self.could_read() && !self.credit_requested {
-            self.credit_requested = true;
-            self.request_credit = true;
         }
         Fate::Live
     }
@@ -416,14 +426,38 @@ impl Connection {
                 self.credit.send(count);
                 return count;
             }
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.readable = false,
-            // The other end closed the stream with data unread.
-            Err(_) => {
-                self.host_done = true;
-                self.lose_listener();
-            }
+            Err(e) => self.input_failed(&e),
         }
         0
+    }
+
+    /// Without credit nothing is read. That nothing is there, or the end, has to be seen all the same.
+    fn look_for_input(&mut self) {
+        let mut byte = 0u8;
+        // SAFETY: there is room for one byte.
+        let count = retry(|| unsafe {
+            libc::recv(
+                self.stream.as_raw_fd(),
+                (&raw mut byte).cast(),
+                1,
+                libc::MSG_DONTWAIT | libc::MSG_PEEK,
+            )
+        });
+        match count {
+            Ok(0) => self.end_of_input(),
+            Ok(_) => {}
+            Err(e) => self.input_failed(&e),
+        }
+    }
+
+    fn input_failed(&mut self, error: &io::Error) {
+        if error.kind() == io::ErrorKind::WouldBlock {
+            self.readable = false;
+        } else {
+            // The other end closed the stream with data unread.
+            self.host_done = true;
+            self.lose_listener();
+        }
     }
 
     fn end_of_input(&mut self) {

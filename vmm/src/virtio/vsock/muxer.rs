@@ -386,4 +386,24 @@ impl Muxer {
     pub fn connections(&self) -> usize {
         self.slots.len().saturating_sub(self.free.len())
     }
+
+    /// Bytes of the guest's that are held for all connections.
+    #[cfg(test)]
+    pub fn backlog(&self) -> usize {
+        self.slots
+            .iter()
+            .flatten()
+            .map(|entry| entry.connection.backlog())
+            .sum()
+    }
+
+    /// Connections whose guest has no room for what the host wants to send.
+    #[cfg(test)]
+    pub fn without_credit(&self) -> usize {
+        self.slots
+            .iter()
+            .flatten()
+            .filter(|entry| entry.connection.waits_for_credit())
+            .count()
+    }
 }

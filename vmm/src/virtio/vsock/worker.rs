@@ -97,9 +97,19 @@ impl VsockWorker {
         self.muxer
     }
 
+    /// The table, to look at.
     #[cfg(test)]
     pub fn muxer(&self) -> &Muxer {
         &self.muxer
+    }
+
+    /// As if all deadlines had come.
+    #[cfg(test)]
+    pub fn expire_all(&mut self) {
+        while let Some(at) = self.muxer.next_deadline() {
+            self.muxer.expire(at);
+        }
+        self.ring().unwrap();
     }
 
     fn pass(&mut self, poll: &Poll) -> Result<(), WorkerError> {
