@@ -1,1 +1,28 @@
-//! What engines say, turned into calls of the engine.
+//! What engines and users say, turned into calls of the engine; nothing else.
+//!
+//! The shim: [`bootstrap`] reads how containerd calls it; [`start`], [`delete`] and [`info`] are its short-lived
+//! commands and [`serve`] the server that `start` leaves behind. In the server, [`task`] is containerd's service
+//! and [`pod`] the tasks behind it; [`order`] and [`publish`] carry their events.
+//!
+//! The command: [`cli`] is its grammar; [`run`], [`report`] and [`spec`] do what it says.
+
+pub mod bootstrap;
+pub mod bundle;
+pub mod cli;
+pub mod delete;
+pub mod info;
+pub mod io;
+pub mod log;
+pub mod order;
+pub mod pod;
+pub mod publish;
+pub mod report;
+pub mod run;
+pub mod serve;
+pub mod sizing;
+pub mod socket;
+pub mod spec;
+pub mod start;
+pub mod status;
+pub mod task;
+pub mod terminal;

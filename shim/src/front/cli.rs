@@ -1,0 +1,207 @@
+//! The `husk` command's grammar.
+
+use std::{ffi::OsString, fs::File, io, os::fd::AsFd, path::PathBuf, process::ExitCode, sync::LazyLock};
+
+use clap::{Args, Parser, Subcommand};
+use tracing_subscriber::filter::LevelFilter;
+
+use super::{log, report, run, spec, status::chain};
+
+/// The commit that this was built from, where the build said so.
+pub const REVISION: &str = match option_env!("HUSK_REVISION") {
+    Some(revision) => revision,
+    None => "unknown",
+};
+
+/// Exit code of what is husk's own failure and not the container's.
+pub const FAILURE: u8 = 125;
+
+/// Runs containers, each in a microVM of its own.
+#[derive(Debug, Parser)]
+#[command(name = "husk", version = version(), max_term_width = 100)]
+pub struct Cli {
+    /// Log what happens to stderr
+    #[arg(long, global = true)]
+    pub debug: bool,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a container in the foreground
+    ///
+    /// Makes a microVM, runs the bundle's process in it, and removes both when the process has ended. Its streams are
+    /// those of this command, and so is its terminal if config.json asks for one. Signals are forwarded.
+    ///
+    /// The exit code is the process's, or 128 and the number of the signal that ended it; 127 when the command is
+    /// not there, 126 when it cannot be executed, 125 for any other failure.
+    Run(RunArgs),
+    /// Tell whether this machine can run husk, and what to do if not
+    ///
+    /// Exits with 0 if it can, and with 1 if not.
+    Check(CheckArgs),
+    /// Write a config.json to begin with
+    Spec(SpecArgs),
+}
+
+/// `husk run`.
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// The OCI bundle: a directory with config.json in it
+    #[arg(short, long, value_name = "DIR", default_value = ".")]
+    pub bundle: PathBuf,
+    /// Write the pid that stands for the container on the host into this file
+    #[arg(long, value_name = "FILE")]
+    pub pid_file: Option<PathBuf>,
+    /// The container's name, not in use: letters, digits and _.+-
+    #[arg(value_name = "ID")]
+    pub id: String,
+}
+
+/// `husk check`.
+#[derive(Debug, Args)]
+pub struct CheckArgs {
+    /// Print nothing; the exit code tells
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// Print a JSON document
+    #[arg(long, conflicts_with = "quiet")]
+    pub json: bool,
+    /// Time for a guest to boot; 0: boot none
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    pub timeout: u64,
+}
+
+/// `husk spec`.
+#[derive(Debug, Args)]
+pub struct SpecArgs {
+    /// Where to write it; the root file system is expected in DIR/rootfs
+    #[arg(short, long, value_name = "DIR", default_value = ".")]
+    pub bundle: PathBuf,
+    /// Give the process a terminal
+    #[arg(short, long)]
+    pub terminal: bool,
+    /// The command to run
+    #[arg(
+        value_name = "COMMAND",
+        default_value = "sh",
+        trailing_var_arg = true,
+        allow_hyphen_values = true
+    )]
+    pub command: Vec<String>,
+}
+
+fn version() -> &'static str {
+    static TEXT: LazyLock<String> = LazyLock::new(|| {
+        format!(
+            "{}\ncommit: {REVISION}\nmachine protocol: {}\nOCI runtime specification: {}",
+            env!("CARGO_PKG_VERSION"),
+            husk_vmm_protocol::config::CONFIG_VERSION,
+            spec::OCI_VERSION,
+        )
+    });
+    &TEXT
+}
+
+/// `husk`, from its arguments (with its own name) to its exit code.
+pub fn main(args: Vec<OsString>) -> ExitCode {
+    let cli = match Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(error) => {
+            let _ = error.print();
+            // Help and the version are asked for; all else is a failure of the call.
+            return ExitCode::from(if error.use_stderr() { FAILURE } else { 0 });
+        }
+    };
+    let level = if cli.debug {
+        LevelFilter::DEBUG
+    } else {
+        LevelFilter::ERROR
+    };
+    if let Ok(stderr) = io::stderr().as_fd().try_clone_to_owned() {
+        log::to_file(File::from(stderr), level);
+    }
+    let code = match &cli.command {
+        Command::Run(args) => with_runtime(run::run(args)),
+        Command::Check(args) => with_runtime(report::check(args)),
+        Command::Spec(args) => spec::write(args).map(|()| 0).map_err(|error| run::Failure {
+            code: FAILURE,
+            message: chain(&error),
+        }),
+    };
+    match code {
+        Ok(code) => ExitCode::from(code),
+        Err(failure) => {
+            let _ = io::Write::write_all(
+                &mut io::stderr(),
+                format!("husk: {}\n", failure.message).as_bytes(),
+            );
+            ExitCode::from(failure.code)
+        }
+    }
+}
+
+fn with_runtime(work: impl Future<Output = Result<u8, run::Failure>>) -> Result<u8, run::Failure> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build();
+    let runtime = runtime.map_err(|error| run::Failure {
+        code: FAILURE,
+        message: format!("cannot start the runtime: {error}"),
+    })?;
+    let code = runtime.block_on(work);
+    // A read of a regular file or a terminal that is still under way must not keep the command from ending.
+    runtime.shutdown_background();
+    code
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_grammar_holds_together() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn commands_are_understood() {
+        let parse = |args: &[&str]| Cli::try_parse_from([&["husk"], args].concat()).unwrap().command;
+        let Command::Run(args) = parse(&["run", "--bundle", "/b", "demo"]) else {
+            panic!()
+        };
+        assert_eq!((args.bundle, args.id.as_str()), (PathBuf::from("/b"), "demo"));
+        let Command::Run(args) = parse(&["run", ""]) else {
+            panic!()
+        };
+        assert_eq!((args.bundle, args.id.as_str()), (PathBuf::from("."), ""));
+        let Command::Spec(args) = parse(&["spec", "--bundle", "b", "--terminal", "--", "sh", "-c", "a b"])
+        else {
+            panic!()
+        };
+        assert!(args.terminal);
+        assert_eq!(args.command, ["sh", "-c", "a b"]);
+        let Command::Spec(args) = parse(&["spec"]) else {
+            panic!()
+        };
+        assert_eq!(args.command, ["sh"]);
+        let Command::Check(args) = parse(&["check", "--quiet", "--timeout", "5"]) else {
+            panic!()
+        };
+        assert!(args.quiet && args.timeout == 5);
+    }
+
+    #[test]
+    fn help_and_version_are_no_errors() {
+        for args in [["husk", "--help"], ["husk", "--version"]] {
+            assert!(!Cli::try_parse_from(args).unwrap_err().use_stderr());
+        }
+        assert!(version().starts_with(env!("CARGO_PKG_VERSION")));
+    }
+}

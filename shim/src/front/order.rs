@@ -1,0 +1,375 @@
+//! The order in which a task's events may be published.
+//!
+//! The engine reports an exit as soon as it happens, which may be before the call that started the process has
+//! returned here. Whoever listens must see a start before its exit, and a container's own exit after the exits of
+//! its execs. This holds what comes too early until it may go. It has no clock, no lock and no wire.
+
+use std::collections::HashMap;
+
+use crate::engine::Exit;
+
+/// Something to publish.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Announcement {
+    /// `TaskStart`, or `TaskExecStarted` for an exec.
+    Started {
+        /// The container.
+        container: String,
+        /// The exec; `None`: the init process.
+        exec: Option<String>,
+    },
+    /// `TaskExit`.
+    Exited {
+        /// The container.
+        container: String,
+        /// The exec; `None`: the init process.
+        exec: Option<String>,
+        /// How it ended.
+        exit: Exit,
+    },
+}
+
+/// Where the listener believes a process to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// Announced as created or added.
+    Created,
+    /// Its creation or its start is under way; an exit that came meanwhile waits.
+    Busy(Option<Exit>),
+    /// Announced as started.
+    Started,
+    /// Announced as exited, or never to be announced.
+    Over,
+}
+
+#[derive(Debug)]
+struct Container {
+    init: Phase,
+    execs: HashMap<String, Phase>,
+    /// The init process's exit, waiting for execs whose start is under way.
+    withheld: Option<Exit>,
+}
+
+/// What has been announced of each process.
+#[derive(Debug, Default)]
+pub struct Order {
+    containers: HashMap<String, Container>,
+}
+
+impl Order {
+    /// A container is about to be created. Its exit is held until [`created`](Self::created).
+    pub fn creating(&mut self, container: &str) {
+        self.containers.insert(
+            container.to_owned(),
+            Container {
+                init: Phase::Busy(None),
+                execs: HashMap::new(),
+                withheld: None,
+            },
+        );
+    }
+
+    /// The container has been announced as created.
+    pub fn created(&mut self, container: &str) -> Vec<Announcement> {
+        let Some(phase) = self.phase(container, None) else {
+            return Vec::new();
+        };
+        let Phase::Busy(exit) = *phase else {
+            return Vec::new();
+        };
+        *phase = Phase::Created;
+        match exit {
+            Some(exit) => self.exited(container, None, exit),
+            None => Vec::new(),
+        }
+    }
+
+    /// An exec was added to a container.
+    pub fn added(&mut self, container: &str, exec: &str) {
+        if let Some(container) = self.containers.get_mut(container) {
+            container.execs.insert(exec.to_owned(), Phase::Created);
+        }
+    }
+
+    /// A start is about to be asked for. False when the process is unknown or was started before.
+    pub fn starting(&mut self, container: &str, exec: Option<&str>) -> bool {
+        match self.phase(container, exec) {
+            Some(phase @ Phase::Created) => {
+                *phase = Phase::Busy(None);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// The start that [`starting`](Self::starting) announced has succeeded.
+    pub fn started(&mut self, container: &str, exec: Option<&str>) -> Vec<Announcement> {
+        let Some(phase) = self.phase(container, exec) else {
+            return Vec::new();
+        };
+        let Phase::Busy(exit) = *phase else {
+            return Vec::new();
+        };
+        *phase = Phase::Started;
+        let mut out = vec![Announcement::Started {
+            container: container.to_owned(),
+            exec: exec.map(str::to_owned),
+        }];
+        match exit {
+            Some(exit) => out.extend(self.exited(container, exec, exit)),
+            None => out.extend(self.release(container)),
+        }
+        out
+    }
+
+    /// The start that [`starting`](Self::starting) announced has failed. An exec that never ran has no exit; a
+    /// container that was created has one.
+    pub fn start_failed(&mut self, container: &str, exec: Option<&str>) -> Vec<Announcement> {
+        let Some(phase) = self.phase(container, exec) else {
+            return Vec::new();
+        };
+        let Phase::Busy(exit) = *phase else {
+            return Vec::new();
+        };
+        if exec.is_some() {
+            *phase = Phase::Over;
+            return self.release(container);
+        }
+        *phase = Phase::Created;
+        match exit {
+            Some(exit) => self.exited(container, None, exit),
+            None => Vec::new(),
+        }
+    }
+
+    /// A process ended.
+    pub fn exited(&mut self, container: &str, exec: Option<&str>, exit: Exit) -> Vec<Announcement> {
+        let Some(phase) = self.phase(container, exec) else {
+            return Vec::new();
+        };
+        match phase {
+            Phase::Over => return Vec::new(),
+            Phase::Busy(slot) => {
+                *slot = Some(exit);
+                return Vec::new();
+            }
+            // An exec that was never started has no exit to tell of.
+            Phase::Created if exec.is_some() => {
+                *phase = Phase::Over;
+                return self.release(container);
+            }
+            Phase::Created | Phase::Started => {}
+        }
+        if exec.is_some() {
+            *phase = Phase::Over;
+            let mut out = vec![Announcement::Exited {
+                container: container.to_owned(),
+                exec: exec.map(str::to_owned),
+                exit,
+            }];
+            out.extend(self.release(container));
+            out
+        } else {
+            if let Some(container) = self.containers.get_mut(container) {
+                container.withheld.get_or_insert(exit);
+            }
+            self.release(container)
+        }
+    }
+
+    /// Whether nothing more is to be told of the process: the listener knows of its end, it is an exec that never
+    /// ran, or there is no such process.
+    pub fn is_over(&self, container: &str, exec: Option<&str>) -> bool {
+        let Some(container) = self.containers.get(container) else {
+            return true;
+        };
+        match exec {
+            None => container.init == Phase::Over,
+            Some(exec) => container
+                .execs
+                .get(exec)
+                .is_none_or(|phase| matches!(phase, Phase::Over | Phase::Created)),
+        }
+    }
+
+    /// A container or an exec was deleted: nothing more is told of it.
+    pub fn forget(&mut self, container: &str, exec: Option<&str>) -> Vec<Announcement> {
+        match exec {
+            None => {
+                self.containers.remove(container);
+                Vec::new()
+            }
+            Some(exec) => {
+                if let Some(container) = self.containers.get_mut(container) {
+                    container.execs.remove(exec);
+                }
+                self.release(container)
+            }
+        }
+    }
+
+    fn phase(&mut self, container: &str, exec: Option<&str>) -> Option<&mut Phase> {
+        let container = self.containers.get_mut(container)?;
+        match exec {
+            None => Some(&mut container.init),
+            Some(exec) => container.execs.get_mut(exec),
+        }
+    }
+
+    /// The init process's exit, if it waits and no exec's start is under way.
+    fn release(&mut self, id: &str) -> Vec<Announcement> {
+        let Some(container) = self.containers.get_mut(id) else {
+            return Vec::new();
+        };
+        let busy = |phase: &Phase| matches!(phase, Phase::Busy(_));
+        if busy(&container.init) || container.execs.values().any(busy) {
+            return Vec::new();
+        }
+        let Some(exit) = container.withheld.take() else {
+            return Vec::new();
+        };
+        container.init = Phase::Over;
+        vec![Announcement::Exited {
+            container: id.to_owned(),
+            exec: None,
+            exit,
+        }]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::SystemTime;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn exit(status: u32) -> Exit {
+        Exit {
+            status,
+            at: SystemTime::UNIX_EPOCH,
+        }
+    }
+
+    fn words(announcements: Vec<Announcement>) -> Vec<String> {
+        announcements
+            .into_iter()
+            .map(|announcement| match announcement {
+                Announcement::Started { exec, .. } => format!("start {}", exec.unwrap_or_default()),
+                Announcement::Exited { exec, exit, .. } => {
+                    format!("exit {} {}", exec.unwrap_or_default(), exit.status)
+                }
+            })
+            .collect()
+    }
+
+    #[test]
+    fn an_exit_that_overtakes_its_start_waits_for_it() {
+        let mut order = Order::default();
+        order.creating("c");
+        order.created("c");
+        assert!(order.starting("c", None));
+        assert_eq!(words(order.exited("c", None, exit(7))), [""; 0]);
+        assert!(!order.is_over("c", None));
+        assert_eq!(words(order.started("c", None)), ["start ", "exit  7"]);
+        assert!(order.is_over("c", None));
+    }
+
+    #[test]
+    fn the_container_s_exit_waits_for_an_exec_that_is_being_started() {
+        let mut order = Order::default();
+        order.creating("c");
+        order.created("c");
+        order.starting("c", None);
+        order.started("c", None);
+        order.added("c", "e");
+        order.starting("c", Some("e"));
+        assert_eq!(words(order.exited("c", Some("e"), exit(137))), [""; 0]);
+        assert_eq!(words(order.exited("c", None, exit(0))), [""; 0]);
+        assert_eq!(
+            words(order.started("c", Some("e"))),
+            ["start e", "exit e 137", "exit  0"]
+        );
+    }
+
+    #[test]
+    fn an_exec_whose_start_failed_is_never_told_of_and_holds_nothing_back() {
+        let mut order = Order::default();
+        order.creating("c");
+        order.created("c");
+        order.starting("c", None);
+        order.started("c", None);
+        order.added("c", "e");
+        order.starting("c", Some("e"));
+        order.exited("c", Some("e"), exit(127));
+        order.exited("c", None, exit(0));
+        assert_eq!(words(order.start_failed("c", Some("e"))), ["exit  0"]);
+    }
+
+    #[test]
+    fn a_created_container_that_is_killed_has_an_exit_and_an_added_exec_has_none() {
+        let mut order = Order::default();
+        order.creating("c");
+        order.created("c");
+        order.added("c", "e");
+        assert_eq!(words(order.exited("c", Some("e"), exit(137))), [""; 0]);
+        assert_eq!(words(order.exited("c", None, exit(137))), ["exit  137"]);
+        assert_eq!(words(order.exited("c", None, exit(137))), [""; 0]);
+    }
+
+    #[test]
+    fn a_container_that_ends_while_it_is_created_has_its_exit_after_that() {
+        let mut order = Order::default();
+        order.creating("c");
+        assert!(!order.starting("c", None));
+        assert_eq!(words(order.exited("c", None, exit(137))), [""; 0]);
+        assert_eq!(words(order.created("c")), ["exit  137"]);
+    }
+
+    #[test]
+    fn nothing_starts_twice() {
+        let mut order = Order::default();
+        assert!(!order.starting("c", None));
+        order.creating("c");
+        order.created("c");
+        assert!(order.starting("c", None));
+        assert!(!order.starting("c", None));
+        order.started("c", None);
+        assert!(!order.starting("c", None));
+        order.exited("c", None, exit(0));
+        assert!(!order.starting("c", None));
+    }
+
+    proptest! {
+        /// Whatever comes in whatever order: each exit at most once and, once started, after its start; the
+        /// container's exit after its execs' announced starts.
+        #[test]
+        fn any_interleaving_comes_out_in_order(steps in proptest::collection::vec((0u8..4, 0u8..3), 0..40)) {
+            let mut order = Order::default();
+            order.creating("c");
+            order.created("c");
+            order.added("c", "1");
+            order.added("c", "2");
+            let mut out = Vec::new();
+            for (step, process) in steps {
+                let exec = match process { 0 => None, 1 => Some("1"), _ => Some("2") };
+                match step {
+                    0 => { order.starting("c", exec); }
+                    1 => out.extend(order.started("c", exec)),
+                    2 => out.extend(order.start_failed("c", exec)),
+                    _ => out.extend(order.exited("c", exec, exit(u32::from(process)))),
+                }
+            }
+            let out = words(out);
+            for name in ["", "1", "2"] {
+                let starts: Vec<_> = out.iter().enumerate().filter(|(_, w)| **w == format!("start {name}")).collect();
+                let exits: Vec<_> = out.iter().enumerate().filter(|(_, w)| w.starts_with(&format!("exit {name} "))).collect();
+                prop_assert!(starts.len() <= 1 && exits.len() <= 1, "{out:?}");
+                if let (Some(start), Some(exit)) = (starts.first(), exits.first()) {
+                    prop_assert!(start.0 < exit.0, "{out:?}");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,357 @@
+//! The shim's program, and the server that its `start` leaves behind.
+
+use std::{
+    ffi::OsString,
+    fs::File,
+    io::{self, Read, Write},
+    os::{fd::AsFd, unix::net::UnixListener},
+    path::Path,
+    process::ExitCode,
+    sync::Arc,
+    time::Duration,
+};
+
+use containerd_shim_protos::shim_async::create_task;
+use tokio::{
+    runtime::{Builder, Runtime},
+    signal::unix::{SignalKind, signal},
+    time::timeout,
+};
+use tracing_subscriber::filter::LevelFilter;
+use ttrpc::asynchronous::{Server, transport::Listener};
+
+use super::{
+    bootstrap::{Action, Invocation, MAX_STDIN_LEN, UsageError},
+    delete::delete,
+    info::runtime_info,
+    log,
+    pod::Pod,
+    publish::Publisher,
+    socket,
+    start::{self, TTRPC_ADDRESS},
+    status::chain,
+    task::TaskService,
+};
+
+/// The names of the task service. containerd 1.7 and CRI-O know the first, containerd 2 the second; they differ in
+/// nothing else, and which one a daemon calls is not settled by the version it was answered.
+const TASK_SERVICES: [&str; 2] = ["containerd.task.v2.Task", "containerd.task.v3.Task"];
+
+/// How long the end waits for answers that are on their way.
+const DISCONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Why the server could not serve.
+#[derive(Debug, thiserror::Error)]
+enum ServeError {
+    #[error(transparent)]
+    Usage(#[from] UsageError),
+    #[error(transparent)]
+    Start(#[from] start::StartError),
+    #[error("{what}")]
+    Host {
+        what: &'static str,
+        #[source]
+        source: io::Error,
+    },
+    #[error("cannot serve: {0}")]
+    Server(#[from] ttrpc::Error),
+}
+
+fn host(what: &'static str) -> impl FnOnce(io::Error) -> ServeError {
+    move |source| ServeError::Host { what, source }
+}
+
+/// `containerd-shim-husk-v2`, from its arguments to its exit code.
+pub fn main(args: Vec<OsString>) -> ExitCode {
+    match act(&args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // containerd shows all that a failed call has printed.
+            let _ = writeln!(io::stderr(), "containerd-shim-husk-v2: {}", chain(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn act(args: &[OsString]) -> Result<(), ServeError> {
+    let invocation = Invocation::parse(args)?;
+    let answer = match invocation.action {
+        Action::Version => format!(
+            "containerd-shim-husk-v2:\n  Version:  {}\n  Revision: {}\n",
+            env!("CARGO_PKG_VERSION"),
+            super::cli::REVISION,
+        )
+        .into_bytes(),
+        Action::Info => runtime_info(),
+        // No log goes to stderr here: containerd takes it for part of the answer.
+        Action::Start => start::start(&invocation, &read_stdin()?)?,
+        Action::Delete => {
+            log::to_file(stderr()?, level(invocation.debug));
+            runtime(1)?.block_on(delete(&invocation))
+        }
+        Action::Serve => return serve(&invocation),
+    };
+    let mut stdout = io::stdout();
+    stdout
+        .write_all(&answer)
+        .and_then(|()| stdout.flush())
+        .map_err(host("cannot print the answer"))
+}
+
+fn level(debug: bool) -> LevelFilter {
+    if debug {
+        LevelFilter::DEBUG
+    } else {
+        LevelFilter::INFO
+    }
+}
+
+fn read_stdin() -> Result<Vec<u8>, ServeError> {
+    let stdin = io::stdin();
+    let mut bytes = Vec::new();
+    // A person's terminal would never end.
+    if !io::IsTerminal::is_terminal(&stdin) {
+        stdin
+            .lock()
+            .take(MAX_STDIN_LEN)
+            .read_to_end(&mut bytes)
+            .map_err(host("cannot read stdin"))?;
+    }
+    Ok(bytes)
+}
+
+fn stderr() -> Result<File, ServeError> {
+    let fd = io::stderr()
+        .as_fd()
+        .try_clone_to_owned()
+        .map_err(host("cannot use stderr"))?;
+    Ok(File::from(fd))
+}
+
+fn runtime(workers: usize) -> Result<Runtime, ServeError> {
+    Builder::new_multi_thread()
+        .worker_threads(workers)
+        .enable_all()
+        .build()
+        .map_err(host("cannot start the runtime"))
+}
+
+/// The server: its listening socket is its stdin, its log its stderr.
+fn serve(invocation: &Invocation) -> Result<(), ServeError> {
+    log::to_file(stderr()?, level(invocation.debug));
+    // Away from the daemon's session and process group. It fails only for one that leads a group already.
+    let _ = nix::unistd::setsid();
+    let listener = take_listener().map_err(host(
+        "stdin is not a listening socket; this is containerd's to start",
+    ))?;
+    let publish_to = std::env::var(TTRPC_ADDRESS).unwrap_or_default();
+    runtime(2)?.block_on(run(invocation, listener, &publish_to))
+}
+
+fn take_listener() -> io::Result<UnixListener> {
+    let stdin = io::stdin().as_fd().try_clone_to_owned()?;
+    if !nix::sys::socket::getsockopt(&stdin, nix::sys::socket::sockopt::AcceptConn)? {
+        return Err(io::Error::from(io::ErrorKind::InvalidInput));
+    }
+    nix::unistd::dup2_stdin(File::open("/dev/null")?)?;
+    Ok(UnixListener::from(stdin))
+}
+
+async fn run(invocation: &Invocation, listener: UnixListener, publish_to: &str) -> Result<(), ServeError> {
+    let publisher = Publisher::start(publish_to, &invocation.namespace);
+    let pod = Pod::new(invocation.namespace.clone(), invocation.id.clone(), publisher);
+    listener
+        .set_nonblocking(true)
+        .map_err(host("cannot use the socket"))?;
+    let mut server = server(
+        &pod,
+        Listener::try_from(listener).map_err(host("cannot use the socket"))?,
+    );
+    server.start().await?;
+
+    let mut terminate = signal(SignalKind::terminate()).map_err(host("cannot catch signals"))?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(host("cannot catch signals"))?;
+    tokio::select! {
+        () = pod.finished() => {}
+        _ = terminate.recv() => pod.end().await,
+        _ = interrupt.recv() => pod.end().await,
+    }
+    // Only now: while it is there, `delete` can tell that somebody sees to the end.
+    if let Err(error) = socket::remove(Path::new(&invocation.socket)) {
+        tracing::warn!(%error, "the socket is left behind");
+    }
+    if timeout(DISCONNECT_TIMEOUT, server.shutdown()).await.is_err() {
+        tracing::debug!("a caller was left without an answer");
+    }
+    Ok(())
+}
+
+fn server(pod: &Arc<Pod>, listener: Listener) -> Server {
+    let mut server = Server::new().add_listener(listener);
+    for name in TASK_SERVICES {
+        // Built anew for each name: what it is made of cannot be copied.
+        let services = create_task(Arc::new(TaskService::new(pod.clone())));
+        server = server.register_service(
+            services
+                .into_values()
+                .map(|service| (name.to_owned(), service))
+                .collect(),
+        );
+    }
+    server
+}
+
+#[cfg(test)]
+mod tests {
+    use containerd_shim_protos::{
+        api::{
+            ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse, DeleteRequest,
+            DeleteResponse, Empty, ShutdownRequest,
+        },
+        shim_async::Client,
+    };
+    use protobuf::Message;
+    use ttrpc::{Code, Request};
+
+    use super::*;
+
+    struct Served {
+        client: Client,
+        pod: Arc<Pod>,
+        _server: Server,
+        dir: tempfile::TempDir,
+    }
+
+    async fn served() -> Served {
+        let dir = tempfile::tempdir().unwrap();
+        let address = format!("unix://{}", dir.path().join("s").display());
+        let pod = Pod::new("test".into(), "pod".into(), Publisher::start("", "test"));
+        let mut server = server(&pod, Listener::bind(&address).unwrap());
+        server.start().await.unwrap();
+        let client = Client::connect(&address).await.unwrap();
+        Served {
+            client,
+            pod,
+            _server: server,
+            dir,
+        }
+    }
+
+    impl Served {
+        async fn call<Q: Message, A: Message>(
+            &self,
+            service: &str,
+            method: &str,
+            request: &Q,
+        ) -> Result<A, (Code, String)> {
+            let request = Request {
+                service: service.into(),
+                method: method.into(),
+                payload: request.write_to_bytes().unwrap(),
+                timeout_nano: 5_000_000_000,
+                ..Request::default()
+            };
+            match self.client.request(request).await {
+                Ok(response) => Ok(A::parse_from_bytes(&response.payload).unwrap()),
+                Err(ttrpc::Error::RpcStatus(status)) => Err((status.code(), status.message)),
+                Err(other) => panic!("{other}"),
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn both_names_of_the_service_answer() {
+        let served = served().await;
+        for service in ["containerd.task.v2.Task", "containerd.task.v3.Task"] {
+            let request = ConnectRequest {
+                id: "unknown".into(),
+                ..ConnectRequest::default()
+            };
+            let answer: ConnectResponse = served.call(service, "Connect", &request).await.unwrap();
+            assert_eq!((answer.shim_pid, answer.task_pid), (std::process::id(), 0));
+            for method in [
+                "Delete",
+                "Wait",
+                "State",
+                "Kill",
+                "Pids",
+                "Start",
+                "Exec",
+                "ResizePty",
+                "CloseIO",
+            ] {
+                let mut request = DeleteRequest::new();
+                request.id = "unknown".into();
+                // An exec needs a valid id of its own; the field has the same number in all of these.
+                request.exec_id = if method == "Exec" {
+                    "e".into()
+                } else {
+                    String::new()
+                };
+                let (code, text) = served
+                    .call::<_, DeleteResponse>(service, method, &request)
+                    .await
+                    .unwrap_err();
+                let expected = if method == "Exec" {
+                    Code::INVALID_ARGUMENT
+                } else {
+                    Code::NOT_FOUND
+                };
+                assert_eq!(code, expected, "{method}: {text}");
+            }
+            for method in ["Stats", "Pause", "Resume", "Update", "Checkpoint"] {
+                let (code, text) = served
+                    .call::<_, Empty>(service, method, &Empty::new())
+                    .await
+                    .unwrap_err();
+                assert_eq!(code, Code::UNIMPLEMENTED, "{method}");
+                assert!(text.starts_with("husk does not support "), "{text}");
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn bad_creations_are_refused_and_leave_the_server_empty() {
+        let served = served().await;
+        let service = "containerd.task.v3.Task";
+        let bundle = served.dir.path().to_str().unwrap().to_owned();
+        let create = |id: &str| CreateTaskRequest {
+            id: id.into(),
+            bundle: bundle.clone(),
+            ..CreateTaskRequest::default()
+        };
+        let refused = async |request: &CreateTaskRequest| {
+            served
+                .call::<_, CreateTaskResponse>(service, "Create", request)
+                .await
+                .unwrap_err()
+        };
+        assert_eq!(refused(&create("../x")).await.0, Code::INVALID_ARGUMENT);
+        let (code, text) = refused(&create("c")).await;
+        assert_eq!(code, Code::INVALID_ARGUMENT);
+        assert!(text.ends_with("config.json: no such file"), "{text}");
+        std::fs::write(
+            served.dir.path().join("config.json"),
+            r#"{"process":{"terminal":true}}"#,
+        )
+        .unwrap();
+        let (_, text) = refused(&create("c")).await;
+        assert!(text.contains("terminal"), "{text}");
+        let mut request = create("c");
+        request.terminal = true;
+        request.stdout = "binary:///x".into();
+        assert_eq!(refused(&request).await.0, Code::UNIMPLEMENTED);
+        let mut request = create("c");
+        request.checkpoint = "/x".into();
+        assert_eq!(refused(&request).await.0, Code::UNIMPLEMENTED);
+
+        let _: Empty = served
+            .call(service, "Shutdown", &ShutdownRequest::new())
+            .await
+            .unwrap();
+        timeout(Duration::from_secs(5), served.pod.finished())
+            .await
+            .unwrap();
+        assert_eq!(refused(&create("c")).await.0, Code::UNAVAILABLE);
+    }
+}
