@@ -17,6 +17,7 @@ pub mod irq;
 pub mod layout;
 pub mod lockdown;
 pub mod log;
+pub mod machine;
 pub mod memory;
 pub mod virtio;
 pub mod worker;
