@@ -1,14 +1,33 @@
 //! The engine: owns one sandbox and knows nothing of containerd.
 
+mod cleanup;
+mod container;
 mod error;
+mod places;
+mod process;
 mod programs;
+mod record;
 mod sandbox;
+mod spec;
+mod start;
+mod streams;
+mod table;
+mod undo;
 
-use std::{os::fd::OwnedFd, path::PathBuf, time::SystemTime};
+#[cfg(test)]
+mod sandbox_test;
 
+use std::{
+    os::fd::OwnedFd,
+    path::PathBuf,
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::SystemTime,
+};
+
+pub use cleanup::cleanup;
 pub use error::{CleanupError, EngineError, LocateError, StartError};
 pub use programs::Programs;
-pub use sandbox::{Sandbox, cleanup};
+pub use sandbox::Sandbox;
 
 use crate::host::rootfs::Mount;
 
@@ -131,4 +150,9 @@ pub struct ProcessInfo {
     pub pid: i32,
     /// The exec that it is the first process of.
     pub exec: Option<String>,
+}
+
+/// Locks what no panic can leave half-changed.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,67 +1,193 @@
 //! One sandbox: a machine and the containers in it.
 
-use std::sync::Arc;
-
-use tokio::sync::mpsc::UnboundedSender;
-
-use super::{
-    CleanupError, CreateContainer, EngineError, Event, Exit, ProcessInfo, ProcessStatus, SandboxConfig,
-    StartError, Stdio,
+use std::{
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard},
+    time::Duration,
 };
 
-/// One sandbox: a machine and the containers in it.
-#[derive(Debug)]
-pub struct Sandbox {}
+use husk_agent_protocol::limits::is_valid_id;
+use tokio::{
+    sync::{OnceCell, mpsc::UnboundedSender, watch},
+    time::timeout,
+};
 
-fn unwritten<T>() -> Result<T, EngineError> {
-    Err(EngineError::FailedPrecondition("being written".into()))
+use super::{
+    EngineError, Event, Exit, ProcessInfo, ProcessStatus, SandboxConfig, StartError, Stdio, lock,
+    places::Places, record::Record, spec, start, streams::Streams, table::Table, undo::Undo,
+};
+use crate::guest::{
+    agent::{Agent, GuestInfo},
+    vm::Machine,
+};
+
+/// How long the ends of execs are awaited after the end of the init process that they die with.
+pub(super) const EXEC_GRACE: Duration = Duration::from_secs(2);
+
+/// How long a guest may take to end in order.
+const ORDERLY: Duration = Duration::from_secs(2);
+
+/// How long the list of processes may take before it is answered from what is known without asking. An engine that
+/// was restarted asks for it, and gives up on the container after five seconds.
+const LIST: Duration = Duration::from_secs(2);
+
+/// How long a machine that fails a call may take to be seen to have ended.
+const EXPLANATION: Duration = Duration::from_secs(3);
+
+/// How a machine ended.
+#[derive(Clone, Debug)]
+pub(super) struct Ended {
+    pub reason: String,
+    pub console_tail: String,
+}
+
+/// One sandbox: a machine and the containers in it. Its calls are to be run to their end, not dropped half-way.
+/// Dropped itself, it ends and leaves nothing, though not in order.
+#[derive(Debug)]
+pub struct Sandbox {
+    pub(super) parts: Parts,
+    down: OnceCell<()>,
+}
+
+/// What a started sandbox consists of.
+#[derive(Debug)]
+pub(super) struct Parts {
+    pub dir: PathBuf,
+    pub machine: Arc<Machine>,
+    pub agent: Agent,
+    pub table: Arc<Mutex<Table>>,
+    pub record: Mutex<Record>,
+    pub undo: Mutex<Undo>,
+    pub ended: watch::Receiver<Option<Ended>>,
+    /// Set when the end is wanted.
+    pub stopping: Arc<OnceCell<()>>,
+    pub places: Places,
 }
 
 impl Sandbox {
-    /// Starts a sandbox.
+    pub(super) fn assemble(parts: Parts) -> Self {
+        Self {
+            parts,
+            down: OnceCell::new(),
+        }
+    }
+
+    /// Starts a sandbox. The guest boots on its own: what is asked of it meanwhile is answered when it can
+    /// ([`Sandbox::ready`] waits for that).
     ///
     /// # Errors
     /// When it cannot be started; then nothing of it is left.
     pub async fn start(
-        _config: SandboxConfig,
-        _events: UnboundedSender<Event>,
+        config: SandboxConfig,
+        events: UnboundedSender<Event>,
     ) -> Result<Arc<Self>, StartError> {
-        Err(StartError::InvalidArgument("being written".into()))
+        start::start(config, events, Places::default()).await
+    }
+
+    pub(super) fn table(&self) -> MutexGuard<'_, Table> {
+        lock(&self.parts.table)
     }
 
     /// The VMM's pid on the host. It stands for every task.
     pub fn pid(&self) -> u32 {
-        0
+        self.parts.machine.vmm().pid()
     }
 
-    /// Makes a container and its init process, stopped before its exec.
+    /// Waits until the guest is up.
     ///
     /// # Errors
-    /// When it cannot be made; then nothing of it is left.
-    pub async fn create(&self, _request: CreateContainer) -> Result<(), EngineError> {
-        unwritten()
+    /// `SandboxEnded` when it does not come up.
+    pub async fn ready(&self) -> Result<GuestInfo, EngineError> {
+        let mut hello = self.parts.agent.hello();
+        let answer = hello
+            .wait_for(Option::is_some)
+            .await
+            .ok()
+            .and_then(|hello| hello.clone());
+        match answer {
+            Some(Ok(info)) => Ok(info),
+            Some(Err(message)) => Err(self
+                .explain(EngineError::Agent {
+                    call: "Setup",
+                    message,
+                })
+                .await),
+            None => Err(self
+                .explain(EngineError::Agent {
+                    call: "Setup",
+                    message: "no answer".into(),
+                })
+                .await),
+        }
+    }
+
+    /// Waits for the sandbox's end; tells why it ended. [`Sandbox::shutdown`] still has to be called then.
+    pub async fn ended(&self) -> String {
+        let mut ended = self.parts.ended.clone();
+        let ended = ended
+            .wait_for(Option::is_some)
+            .await
+            .ok()
+            .and_then(|ended| ended.clone());
+        ended.map_or_else(|| "its watcher is gone".into(), |ended| ended.reason)
+    }
+
+    /// The last part of what the guest wrote on its console, as text that is safe to show.
+    pub fn console(&self) -> String {
+        self.parts.machine.console().tail(crate::guest::console::KEPT)
+    }
+
+    /// The better error, if the machine's end is behind one of the agent's.
+    pub(super) async fn explain(&self, error: EngineError) -> EngineError {
+        if !matches!(
+            error,
+            EngineError::Agent { .. } | EngineError::Deadline { .. } | EngineError::Host { .. }
+        ) {
+            return error;
+        }
+        let mut ended = self.parts.ended.clone();
+        let ended = timeout(EXPLANATION, ended.wait_for(Option::is_some)).await;
+        match ended.ok().and_then(Result::ok).and_then(|ended| ended.clone()) {
+            Some(Ended { reason, console_tail }) if console_tail.is_empty() => {
+                EngineError::SandboxEnded(reason)
+            }
+            Some(Ended { reason, console_tail }) => EngineError::SandboxEnded(format!(
+                "{reason}; the guest's console ends with:\n{console_tail}"
+            )),
+            None => error,
+        }
     }
 
     /// Lets the init process exec.
     ///
     /// # Errors
-    /// `NotFound`; `FailedPrecondition` unless it is created.
-    pub async fn start_container(&self, _id: &str) -> Result<(), EngineError> {
-        unwritten()
+    /// `NotFound`; `FailedPrecondition` unless it is created; the failure of the command otherwise, and the container
+    /// is then stopped with the error's exit code.
+    pub async fn start_container(&self, id: &str) -> Result<(), EngineError> {
+        self.table().begin_start(id)?;
+        let result = self.parts.agent.start_container(id).await;
+        self.table()
+            .finish_start(id, None, result.as_ref().map(|()| None));
+        match result {
+            Ok(()) => Ok(()),
+            Err(error) => Err(self.explain(error).await),
+        }
     }
 
     /// Adds an exec, not started: an OCI `process` object in JSON.
     ///
     /// # Errors
-    /// `NotFound`, `AlreadyExists`, `InvalidSpec`.
+    /// `NotFound`, `AlreadyExists`, `InvalidSpec`; `FailedPrecondition` when the container does not run.
     pub async fn add_exec(
         &self,
-        _container: &str,
-        _exec: &str,
-        _process_json: Vec<u8>,
-        _stdio: Stdio,
+        container: &str,
+        exec: &str,
+        process_json: Vec<u8>,
+        stdio: Stdio,
     ) -> Result<(), EngineError> {
-        unwritten()
+        check_id("exec", exec)?;
+        spec::check_exec(&process_json, stdio.terminal)?;
+        self.table().add_exec(container, exec, process_json, stdio)
     }
 
     /// Starts an added exec.
@@ -69,8 +195,20 @@ impl Sandbox {
     /// # Errors
     /// `FailedPrecondition` when the container does not run; the failure of the command otherwise, and the exec is
     /// then stopped with the error's exit code.
-    pub async fn start_exec(&self, _container: &str, _exec: &str) -> Result<(), EngineError> {
-        unwritten()
+    pub async fn start_exec(&self, container: &str, exec: &str) -> Result<(), EngineError> {
+        let (json, stdio) = self.table().begin_exec(container, exec)?;
+        let result = async {
+            let (streams, ports) = Streams::open(&self.parts.machine, stdio).await?;
+            self.table().set_streams(container, exec, streams);
+            self.parts.agent.exec_process(container, exec, json, ports).await
+        }
+        .await;
+        self.table()
+            .finish_start(container, Some(exec), result.as_ref().map(|pid| Some(*pid)));
+        match result {
+            Ok(_) => Ok(()),
+            Err(error) => Err(self.explain(error).await),
+        }
     }
 
     /// Sends a signal.
@@ -79,12 +217,16 @@ impl Sandbox {
     /// `NotFound` when the process has ended or is unknown, `FailedPrecondition` when an exec was not started.
     pub async fn signal(
         &self,
-        _container: &str,
-        _exec: Option<&str>,
-        _signal: u32,
-        _all: bool,
+        container: &str,
+        exec: Option<&str>,
+        signal: u32,
+        all: bool,
     ) -> Result<(), EngineError> {
-        unwritten()
+        self.table().check_signal(container, exec)?;
+        match self.parts.agent.signal(container, exec, signal, all).await {
+            Ok(()) => Ok(()),
+            Err(error) => Err(self.explain(error).await),
+        }
     }
 
     /// Sets the size of a process's terminal; nothing is done when it has none.
@@ -93,87 +235,163 @@ impl Sandbox {
     /// `NotFound`; `FailedPrecondition` when it has ended.
     pub async fn resize(
         &self,
-        _container: &str,
-        _exec: Option<&str>,
-        _columns: u16,
-        _rows: u16,
+        container: &str,
+        exec: Option<&str>,
+        columns: u16,
+        rows: u16,
     ) -> Result<(), EngineError> {
-        unwritten()
+        let (terminal, status) = {
+            let table = self.table();
+            let process = table.process(container, exec)?;
+            (process.terminal, process.state().status())
+        };
+        if let ProcessStatus::Stopped { .. } = status {
+            let name = super::table::name(container, exec);
+            return Err(EngineError::FailedPrecondition(format!("{name} has ended")));
+        }
+        // An exec that is not started has no pty yet.
+        if !terminal || (exec.is_some() && status == ProcessStatus::Created) {
+            return Ok(());
+        }
+        match self.parts.agent.resize(container, exec, columns, rows).await {
+            Ok(()) => Ok(()),
+            Err(error) => Err(self.explain(error).await),
+        }
     }
 
     /// Ends the process's stdin: what was sent before still arrives. Idempotent.
     ///
     /// # Errors
     /// `NotFound`.
-    pub async fn close_stdin(&self, _container: &str, _exec: Option<&str>) -> Result<(), EngineError> {
-        unwritten()
+    pub async fn close_stdin(&self, container: &str, exec: Option<&str>) -> Result<(), EngineError> {
+        self.table().close_input(container, exec)
     }
 
     /// Where a process is in its life. Never asks the guest.
     ///
     /// # Errors
     /// `NotFound`.
-    pub fn status(&self, _container: &str, _exec: Option<&str>) -> Result<ProcessStatus, EngineError> {
-        unwritten()
+    pub fn status(&self, container: &str, exec: Option<&str>) -> Result<ProcessStatus, EngineError> {
+        self.table().status(container, exec)
     }
 
     /// Whether the process has a terminal.
     ///
     /// # Errors
     /// `NotFound`.
-    pub fn terminal(&self, _container: &str, _exec: Option<&str>) -> Result<bool, EngineError> {
-        unwritten()
+    pub fn terminal(&self, container: &str, exec: Option<&str>) -> Result<bool, EngineError> {
+        Ok(self.table().process(container, exec)?.terminal)
     }
 
     /// Waits for a process's end; valid before its start.
     ///
     /// # Errors
     /// `NotFound`, also when it is deleted meanwhile without having run.
-    pub async fn wait(&self, _container: &str, _exec: Option<&str>) -> Result<Exit, EngineError> {
-        unwritten()
+    pub async fn wait(&self, container: &str, exec: Option<&str>) -> Result<Exit, EngineError> {
+        let mut exit = self.table().watch(container, exec)?;
+        let exit = exit.wait_for(Option::is_some).await.ok().and_then(|exit| *exit);
+        exit.ok_or_else(|| EngineError::NotFound(super::table::name(container, exec)))
     }
 
-    /// The container's processes.
+    /// The container's processes. When the guest is too busy to answer soon, those that the engine started.
     ///
     /// # Errors
     /// `NotFound`, and whatever befalls a call of the agent.
-    pub async fn processes(&self, _container: &str) -> Result<Vec<ProcessInfo>, EngineError> {
-        unwritten()
+    pub async fn processes(&self, container: &str) -> Result<Vec<ProcessInfo>, EngineError> {
+        let known = self.table().known_processes(container)?;
+        if known.is_empty() {
+            return Ok(known);
+        }
+        match timeout(LIST, self.parts.agent.processes(container)).await {
+            Ok(Ok(processes)) => Ok(processes),
+            Ok(Err(EngineError::NotFound(_))) => Ok(Vec::new()),
+            Ok(Err(error)) => Err(self.explain(error).await),
+            Err(_) => Ok(known),
+        }
     }
 
     /// Waits until all output of a process has been copied and its streams are closed. Returns at once for an
     /// unknown process. Has no deadline of its own.
-    pub async fn drained(&self, _container: &str, _exec: Option<&str>) {}
-
-    /// Removes a container and its execs. One that was never started is ended first.
-    ///
-    /// # Errors
-    /// `NotFound`; `FailedPrecondition` while it runs.
-    pub async fn delete_container(&self, _id: &str) -> Result<Exit, EngineError> {
-        unwritten()
+    pub async fn drained(&self, container: &str, exec: Option<&str>) {
+        let open = {
+            let table = self.table();
+            let process = table.process(container, exec).ok();
+            process
+                .and_then(|process| process.streams.as_ref())
+                .map(Streams::open_outputs)
+        };
+        if let Some(mut open) = open {
+            let _ = open.wait_for(|open| *open == 0).await;
+        }
     }
 
     /// Removes an exec.
     ///
     /// # Errors
     /// `NotFound`; `FailedPrecondition` while it runs.
-    pub async fn delete_exec(&self, _container: &str, _exec: &str) -> Result<Exit, EngineError> {
-        unwritten()
+    pub async fn delete_exec(&self, container: &str, exec: &str) -> Result<Exit, EngineError> {
+        self.table().delete_exec(container, exec)
     }
 
     /// The containers, in no order.
     pub fn containers(&self) -> Vec<String> {
-        Vec::new()
+        self.table().ids()
     }
 
     /// Ends the machine, in order if it still answers, and removes everything. Idempotent.
-    pub async fn shutdown(&self) {}
+    pub async fn shutdown(&self) {
+        self.down.get_or_init(|| self.take_down()).await;
+    }
+
+    async fn take_down(&self) {
+        let parts = &self.parts;
+        let _ = parts.stopping.set(());
+        let running = parts.ended.borrow().is_none();
+        if running && start::has_answered(&parts.agent) {
+            let orderly = async {
+                // The answer may never come; the end does.
+                let ended = self.ended();
+                tokio::pin!(ended);
+                tokio::select! {
+                    _ = &mut ended => return,
+                    () = parts.agent.shutdown() => {}
+                }
+                ended.await;
+            };
+            if timeout(ORDERLY, orderly).await.is_err() {
+                tracing::warn!("the guest did not end in order and is killed");
+            }
+        }
+        parts.machine.kill();
+        self.ended().await;
+        let mut undos = self.table().take_undos();
+        undos.push(std::mem::take(&mut *lock(&parts.undo)));
+        let undone = tokio::task::spawn_blocking(move || {
+            for mut undo in undos {
+                undo.run();
+            }
+        });
+        if let Err(error) = undone.await {
+            tracing::error!(%error, "removing the sandbox failed");
+        }
+    }
 }
 
-/// Removes what a sandbox left behind, knowing no more than its record. Idempotent; nothing there is fine.
-///
-/// # Errors
-/// For what could not be removed; the rest is.
-pub async fn cleanup(_namespace: &str, _id: &str) -> Result<(), CleanupError> {
-    Ok(())
+impl Drop for Sandbox {
+    fn drop(&mut self) {
+        self.parts.machine.kill();
+        for mut undo in self.table().take_undos() {
+            undo.run();
+        }
+    }
+}
+
+/// Checks an id of a container or exec.
+pub(super) fn check_id(what: &str, id: &str) -> Result<(), EngineError> {
+    if is_valid_id(id) {
+        return Ok(());
+    }
+    Err(EngineError::InvalidArgument(format!(
+        "the {what} id {id:?} is not valid: letters, digits and _.+- are allowed, at most 128, no - . or + first"
+    )))
 }

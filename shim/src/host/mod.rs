@@ -1,3 +1,12 @@
 //! One concept of the host each.
 
+pub mod child;
+pub mod memory;
+pub mod mount;
+pub mod pid;
 pub mod rootfs;
+pub mod seqpacket;
+pub mod share;
+pub mod statedir;
+pub mod stdio;
+pub mod volume;

@@ -1,0 +1,78 @@
+//! Removing a sandbox without its engine: by its record and by what is mounted in its directory.
+
+use std::{io, path::Path, time::Duration};
+
+use husk_agent_protocol::limits::is_valid_id;
+
+use super::{CleanupError, places::Places, record::Record};
+use crate::host::{
+    mount::unmount_below,
+    share::remove_mount_points,
+    statedir::{self, StateDir},
+};
+
+/// How long a killed process may take to be gone.
+const KILL: Duration = Duration::from_secs(3);
+
+/// Removes what a sandbox left behind, knowing no more than its record. Idempotent; nothing there is fine.
+///
+/// # Errors
+/// For what could not be removed; the rest is.
+pub async fn cleanup(namespace: &str, id: &str) -> Result<(), CleanupError> {
+    cleanup_in(Places::default(), namespace, id).await
+}
+
+pub(super) async fn cleanup_in(places: Places, namespace: &str, id: &str) -> Result<(), CleanupError> {
+    for name in [namespace, id] {
+        if !is_valid_id(name) {
+            return Err(CleanupError::InvalidArgument(format!(
+                "{name:?} is not a valid id"
+            )));
+        }
+    }
+    let path = StateDir::path_of(&places.run, namespace, id);
+    let dir = path.clone();
+    let removed = tokio::task::spawn_blocking(move || {
+        remove_leftovers(&dir)?;
+        statedir::remove(&dir)
+    })
+    .await;
+    removed
+        .map_err(io::Error::other)
+        .and_then(|result| result)
+        .map_err(|source| CleanupError::Host {
+            what: format!("cannot remove what is left of the sandbox in {}", path.display()),
+            source,
+        })
+}
+
+/// Removes all that a sandbox left in and outside of its directory, but not the directory.
+pub(super) fn remove_leftovers(dir: &Path) -> io::Result<()> {
+    if !dir.exists() {
+        return Ok(());
+    }
+    // A record that cannot be read is as good as none: its sandbox's programs end with their engine.
+    let record = Record::load(dir).unwrap_or_else(|error| {
+        tracing::warn!(%error, dir = %dir.display(), "the record cannot be read");
+        None
+    });
+    let record = record.unwrap_or_default();
+    let mut result = Ok(());
+    for process in [record.vmm, record.fsd].into_iter().flatten() {
+        match process.kill(KILL) {
+            Ok(true) => {}
+            Ok(false) => {
+                let text = format!("process {} does not end", process.pid);
+                result = result.and(Err(io::Error::new(io::ErrorKind::TimedOut, text)));
+            }
+            Err(error) => result = result.and(Err(error)),
+        }
+    }
+    result = result.and(unmount_below(dir));
+    for mount in record.mounts.iter().rev() {
+        result = result.and(unmount_below(mount));
+    }
+    result
+        .and_then(|()| remove_mount_points(&dir.join("share")))
+        .and_then(|()| Record::remove(dir))
+}

@@ -1,0 +1,226 @@
+//! Containers: made on the host and in the guest, and removed in both.
+
+use std::{
+    fs::DirBuilder,
+    io,
+    os::{fd::AsFd, unix::fs::DirBuilderExt},
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime},
+};
+
+use tokio::time::timeout;
+
+use super::{
+    CreateContainer, EngineError, Exit, Sandbox, lock, sandbox::check_id, spec::Spec, streams::Streams,
+    table::KILLED, undo::Undo,
+};
+use crate::host::{
+    mount::{Clone, clone_tree, open_path, unmount_below},
+    rootfs::{self, Mount},
+    share::remove_mount_points,
+};
+
+/// How long the end of a killed init process is awaited.
+const KILL: Duration = Duration::from_secs(10);
+
+/// An id that was taken for a container in the making; given back unless the container was made.
+struct Reservation<'a> {
+    sandbox: &'a Sandbox,
+    id: &'a str,
+}
+
+impl Drop for Reservation<'_> {
+    fn drop(&mut self) {
+        self.sandbox.table().abandon(self.id);
+    }
+}
+
+impl Sandbox {
+    /// Makes a container and its init process, stopped before its exec.
+    ///
+    /// # Errors
+    /// When it cannot be made; then nothing of it is left.
+    pub async fn create(&self, request: CreateContainer) -> Result<(), EngineError> {
+        let CreateContainer {
+            id,
+            bundle,
+            spec,
+            rootfs,
+            stdio,
+        } = request;
+        check_id("container", &id)?;
+        let needs = Spec::read(&spec, &bundle, stdio.terminal)?;
+        self.table().reserve(&id, stdio.terminal)?;
+        let _reservation = Reservation {
+            sandbox: self,
+            id: &id,
+        };
+
+        // On the host: the root file system and the volumes, in the share.
+        let mut undo = Undo::default();
+        let volumes = self.show(&id, &bundle, &needs, &rootfs, &mut undo)?;
+
+        // In the guest: the container and its init process.
+        let made = async {
+            self.step("streams")?;
+            let (streams, ports) = Streams::open(&self.parts.machine, stdio).await?;
+            self.step("create")?;
+            let pid = self
+                .parts
+                .agent
+                .create_container(&id, spec, ports, volumes)
+                .await?;
+            Ok::<_, EngineError>((streams, pid))
+        };
+        match made.await {
+            Ok((streams, pid)) => self.table().commit(&id, pid, streams, &mut undo),
+            Err(error) => Err(self.explain(error).await),
+        }
+    }
+
+    /// Mounts a container's root file system and volumes in the share. Tells the number of each volume.
+    fn show(
+        &self,
+        id: &str,
+        bundle: &Path,
+        needs: &Spec,
+        mounts: &[Mount],
+        undo: &mut Undo,
+    ) -> Result<Vec<(u32, u32)>, EngineError> {
+        let base = self.parts.dir.join("share").join(id);
+        let shown = base.clone();
+        undo.push("remove the container from the share", move || {
+            unmount_below(&shown)?;
+            remove_mount_points(&shown)
+        });
+        self.step("share")?;
+        for dir in [base.clone(), base.join("rootfs"), base.join("volumes")] {
+            DirBuilder::new()
+                .mode(0o755)
+                .create(&dir)
+                .map_err(host("cannot make a mount point", &dir))?;
+        }
+
+        let root = if mounts.is_empty() {
+            needs.root.clone()
+        } else {
+            self.mount_root(bundle, mounts, undo)?
+        };
+        if !root.is_dir() {
+            let root = root.display();
+            return Err(EngineError::InvalidSpec(format!(
+                "the root file system {root} does not exist"
+            )));
+        }
+        self.step("rootfs")?;
+        let how = Clone {
+            recursive: true,
+            read_only: false,
+            follow: false,
+        };
+        open_path(&root)
+            .and_then(|from| clone_tree(from.as_fd(), &base.join("rootfs"), how))
+            .map_err(host("cannot show the guest the root file system", &root))?;
+
+        let mut numbers = Vec::with_capacity(needs.volumes.len());
+        for (number, volume) in (0u32..).zip(&needs.volumes) {
+            self.step("volume")?;
+            volume
+                .make(&base.join("volumes").join(number.to_string()))
+                .map_err(|error| EngineError::InvalidSpec(chain(&error)))?;
+            numbers.push((volume.index, number));
+        }
+        Ok(numbers)
+    }
+
+    /// Mounts the root file system that the engine described on the bundle's `rootfs`.
+    fn mount_root(&self, bundle: &Path, mounts: &[Mount], undo: &mut Undo) -> Result<PathBuf, EngineError> {
+        let root = bundle.join("rootfs");
+        let mut record = lock(&self.parts.record);
+        record.mounts.push(root.clone());
+        record
+            .save(&self.parts.dir)
+            .map_err(host("cannot write the record in", &self.parts.dir))?;
+        drop(record);
+        let mounted = root.clone();
+        // The record keeps the mount until the sandbox ends: unmounting what is not mounted does no harm.
+        undo.push("unmount the root file system", move || unmount_below(&mounted));
+        self.step("mount")?;
+        rootfs::mount_all(mounts, &root).map_err(|error| EngineError::InvalidArgument(chain(&error)))?;
+        Ok(root)
+    }
+
+    fn step(&self, name: &'static str) -> Result<(), EngineError> {
+        self.parts.places.step(name).map_err(|source| EngineError::Host {
+            what: format!("step {name}"),
+            source,
+        })
+    }
+
+    /// Removes a container and its execs. One that was never started is ended first.
+    ///
+    /// # Errors
+    /// `NotFound`; `FailedPrecondition` while it runs.
+    pub async fn delete_container(&self, id: &str) -> Result<Exit, EngineError> {
+        let ended = self.table().begin_delete(id)?;
+        let exit = match ended {
+            Some(exit) => exit,
+            None => self.end_unstarted(id).await,
+        };
+        if self.parts.ended.borrow().is_none() {
+            if let Err(error) = self.parts.agent.delete_container(id).await {
+                // The host's side goes all the same: the guest can keep nothing of it.
+                tracing::warn!(%error, container = id, "the guest did not delete the container");
+            }
+        }
+        let mut undo = self.table().finish_delete(id);
+        let undone = tokio::task::spawn_blocking(move || undo.run()).await;
+        undone.map_err(|error| EngineError::Host {
+            what: format!("cannot remove container {id}"),
+            source: io::Error::other(error),
+        })?;
+        Ok(exit)
+    }
+
+    /// Ends the init process of a container that was never started.
+    async fn end_unstarted(&self, id: &str) -> Exit {
+        let killed = Exit {
+            status: KILLED,
+            at: SystemTime::now(),
+        };
+        let Ok(mut exit) = self.table().watch(id, None) else {
+            return killed;
+        };
+        if let Err(error) = self
+            .parts
+            .agent
+            .signal(id, None, libc::SIGKILL as u32, true)
+            .await
+        {
+            tracing::warn!(%error, container = id, "the guest did not kill the container");
+            return killed;
+        }
+        let exit = timeout(KILL, exit.wait_for(Option::is_some)).await;
+        exit.ok()
+            .and_then(Result::ok)
+            .and_then(|exit| *exit)
+            .unwrap_or(killed)
+    }
+}
+
+fn host(what: &str, path: &Path) -> impl FnOnce(io::Error) -> EngineError + use<> {
+    let what = format!("{what} {}", path.display());
+    move |source| EngineError::Host { what, source }
+}
+
+/// An error with its causes in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}

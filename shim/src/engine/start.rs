@@ -1,0 +1,317 @@
+//! The start of a sandbox, top to bottom, each step with its undo.
+
+use std::{
+    io,
+    sync::{Arc, Mutex},
+    time::SystemTime,
+};
+
+use husk_agent_protocol::limits::is_valid_id;
+use tokio::{
+    sync::{OnceCell, mpsc::UnboundedSender, watch},
+    task::JoinHandle,
+    time::{sleep, timeout},
+};
+
+use super::{
+    Event, Sandbox, SandboxConfig, StartError,
+    cleanup::remove_leftovers,
+    lock,
+    places::Places,
+    record::{self, Record},
+    sandbox::{EXEC_GRACE, Ended, Parts},
+    table::{After, Table},
+    undo::Undo,
+};
+use crate::{
+    guest::{
+        agent::{self, Agent, Events, Hello},
+        vm::{self, LaunchError, Machine},
+    },
+    host::{
+        mount::unmount_below,
+        pid::Identity,
+        share,
+        statedir::{self, Claim, StateDir},
+    },
+};
+
+/// Longest hostname, in bytes (`__NEW_UTS_LEN`).
+const MAX_HOSTNAME: usize = 64;
+
+/// How long the machine may take to tell of its own end after the agent was lost with it.
+const EXPLANATION: std::time::Duration = std::time::Duration::from_secs(2);
+
+/// The recipe.
+pub(super) async fn start(
+    config: SandboxConfig,
+    events: UnboundedSender<Event>,
+    places: Places,
+) -> Result<Arc<Sandbox>, StartError> {
+    let hostname = check(&config)?;
+    let mut undo = Undo::default();
+
+    // The directory, and with it the right to the id.
+    let dir = claim(&config, &places).await?;
+    let path = dir.path().to_owned();
+    undo.push("remove the sandbox's directory", move || {
+        statedir::remove(dir.path())
+    });
+    let failed = |what: &str| {
+        let what = format!("{what} ({})", path.display());
+        move |source| StartError::Host { what, source }
+    };
+
+    // What takes the sandbox away when we are not there to do it.
+    let mut record = Record {
+        version: record::VERSION,
+        ..Record::default()
+    };
+    let recorded = path.clone();
+    undo.push("remove the record", move || Record::remove(&recorded));
+    places
+        .step("record")
+        .and_then(|()| {
+            record.engine = Some(Identity::of(std::process::id())?);
+            record.save(&path)
+        })
+        .map_err(failed("cannot write the sandbox's record"))?;
+
+    // The share.
+    let share = path.join("share");
+    let shared = share.clone();
+    undo.push("remove the share", move || {
+        unmount_below(&shared)?;
+        share::remove_mount_points(&shared)
+    });
+    places
+        .step("share")
+        .and_then(|()| share::make(&share))
+        .map_err(failed("cannot make the share"))?;
+
+    // The machine and its file server, side by side.
+    places
+        .step("launch")
+        .map_err(failed("cannot launch the machine"))?;
+    let machine = vm::launch(
+        vm::Launch {
+            programs: &config.programs,
+            kvm: &places.kvm,
+            share: &share,
+            vcpus: config.vcpus,
+            memory_mib: config.memory_mib,
+            kernel_params: &config.kernel_params,
+        },
+        #[cfg(test)]
+        |ends| {
+            if let Some(player) = &places.player {
+                player.play(ends);
+            }
+        },
+    )
+    .await
+    .map_err(launch_failed)?;
+    let machine = Arc::new(machine);
+
+    // The agent: it finds Setup waiting when it dials.
+    let connected = async {
+        record.vmm = Some(machine.vmm().identity());
+        record.fsd = Some(machine.fsd().identity());
+        places.step("pids").and_then(|()| record.save(&path))?;
+        places.step("agent")?;
+        agent::connect(&machine, &hostname).await
+    }
+    .await;
+    let (agent, guest_events) = match connected {
+        Ok(connected) => connected,
+        Err(error) => {
+            // A machine that is gone can tell why; one that is not has to go.
+            let own = timeout(EXPLANATION, machine.ended()).await.ok();
+            if own.is_none() {
+                machine.kill();
+                machine.ended().await;
+            }
+            let console_tail = machine.console_tail();
+            return Err(match own {
+                Some(reason) => StartError::Guest { reason, console_tail },
+                None => failed("cannot reach the guest")(error),
+            });
+        }
+    };
+
+    let table = Arc::new(Mutex::new(Table::new(events, machine.vmm().pid())));
+    let (ended_sender, ended) = watch::channel(None);
+    let stopping = Arc::new(OnceCell::new());
+    let watcher = Watcher {
+        machine: Arc::clone(&machine),
+        table: Arc::clone(&table),
+        hello: agent.hello(),
+        ended: ended_sender,
+        stopping: Arc::clone(&stopping),
+    };
+    tokio::spawn(watcher.watch(guest_events));
+    Ok(Arc::new(Sandbox::assemble(Parts {
+        dir: path,
+        machine,
+        agent,
+        table,
+        record: Mutex::new(record),
+        undo: Mutex::new(undo),
+        ended,
+        stopping,
+        places,
+    })))
+}
+
+/// Checks what was asked for; gives the hostname.
+fn check(config: &SandboxConfig) -> Result<String, StartError> {
+    for (what, id) in [("namespace", &config.namespace), ("sandbox id", &config.id)] {
+        if !is_valid_id(id) {
+            return Err(StartError::InvalidArgument(format!(
+                "the {what} {id:?} is not valid: letters, digits and _.+- are allowed, at most 128, no - . or + first"
+            )));
+        }
+    }
+    let hostname = match config.hostname.as_str() {
+        "" => config.id.chars().take(MAX_HOSTNAME).collect(),
+        name if name.len() > MAX_HOSTNAME || name.contains('\0') => {
+            return Err(StartError::InvalidArgument(format!(
+                "the hostname {name:?} is not valid: at most {MAX_HOSTNAME} bytes are allowed"
+            )));
+        }
+        name => name.to_owned(),
+    };
+    Ok(hostname)
+}
+
+/// Takes the sandbox's directory; what an engine that died left in it is removed first.
+async fn claim(config: &SandboxConfig, places: &Places) -> Result<StateDir, StartError> {
+    let path = StateDir::path_of(&places.run, &config.namespace, &config.id);
+    let failed = |source| StartError::Host {
+        what: format!("cannot make the directory {}", path.display()),
+        source,
+    };
+    match StateDir::claim(&places.run, &config.namespace, &config.id).map_err(failed)? {
+        Claim::New(dir) => Ok(dir),
+        Claim::Taken => Err(StartError::AlreadyExists(config.id.clone())),
+        Claim::Stale(dir) => {
+            tracing::warn!(path = %path.display(), "removing what is left of an earlier sandbox");
+            let old = path.clone();
+            let removed = tokio::task::spawn_blocking(move || remove_leftovers(&old)).await;
+            removed
+                .map_err(io::Error::other)
+                .and_then(|result| result)
+                .map_err(failed)?;
+            Ok(dir)
+        }
+    }
+}
+
+fn launch_failed(error: LaunchError) -> StartError {
+    match error {
+        LaunchError::Config(error) => StartError::InvalidArgument(error.to_string()),
+        LaunchError::Kvm { ref source, .. }
+        | LaunchError::Image { ref source, .. }
+        | LaunchError::Resource { ref source, .. }
+        | LaunchError::Execute { ref source, .. } => {
+            let source = io::Error::new(source.kind(), source.to_string());
+            StartError::Host {
+                what: error.to_string(),
+                source,
+            }
+        }
+    }
+}
+
+/// Watches a sandbox to its end.
+struct Watcher {
+    machine: Arc<Machine>,
+    table: Arc<Mutex<Table>>,
+    hello: watch::Receiver<Hello>,
+    ended: watch::Sender<Option<Ended>>,
+    stopping: Arc<OnceCell<()>>,
+}
+
+impl Watcher {
+    async fn watch(mut self, events: Events) {
+        let mut pump = tokio::spawn(pump(events, Arc::clone(&self.table)));
+        let machine = Arc::clone(&self.machine);
+        let machine_end = machine.ended();
+        tokio::pin!(machine_end);
+        let agent_lost = agent_lost(&mut self.hello, &mut pump);
+        let reason = tokio::select! {
+            biased;
+            reason = &mut machine_end => reason,
+            fault = agent_lost => match timeout(EXPLANATION, &mut machine_end).await {
+                Ok(reason) => reason,
+                Err(_) => {
+                    machine.kill();
+                    machine_end.await;
+                    fault
+                }
+            },
+        };
+        // What the agent said last is still to be read.
+        if !pump.is_finished() {
+            let _ = timeout(EXPLANATION, &mut pump).await;
+            pump.abort();
+        }
+        let reason = if self.stopping.initialized() {
+            "it was shut down".to_owned()
+        } else {
+            reason
+        };
+        tracing::info!(reason, "the sandbox has ended");
+        let console_tail = machine.console_tail();
+        {
+            let mut table = lock(&self.table);
+            table.machine_ended(&reason, SystemTime::now());
+            table.send(Event::SandboxEnded {
+                reason: reason.clone(),
+                console_tail: console_tail.clone(),
+            });
+        }
+        self.ended.send_replace(Some(Ended { reason, console_tail }));
+    }
+}
+
+/// Waits until the agent cannot be relied on; tells why.
+async fn agent_lost(hello: &mut watch::Receiver<Hello>, pump: &mut JoinHandle<String>) -> String {
+    let silent = async {
+        let failure = match hello.wait_for(Option::is_some).await.map(|hello| hello.clone()) {
+            Ok(Some(Err(reason))) => Some(reason),
+            _ => None,
+        };
+        match failure {
+            Some(reason) => reason,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        reason = silent => reason,
+        reason = pump => format!("the guest's agent was lost: {}", reason.unwrap_or_else(|error| error.to_string())),
+    }
+}
+
+/// Carries events of the guest into the table, until there are no more; tells why.
+async fn pump(mut events: Events, table: Arc<Mutex<Table>>) -> String {
+    loop {
+        let event = match events.next().await {
+            Ok(event) => event,
+            Err(reason) => return reason,
+        };
+        let after = lock(&table).guest_event(event, SystemTime::now());
+        if let After::Held(id) = after {
+            let table = Arc::clone(&table);
+            tokio::spawn(async move {
+                sleep(EXEC_GRACE).await;
+                lock(&table).release(&id, SystemTime::now());
+            });
+        }
+    }
+}
+
+/// Whether the agent has said its first word.
+pub(super) fn has_answered(agent: &Agent) -> bool {
+    agent.hello().borrow().is_some()
+}

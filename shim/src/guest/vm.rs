@@ -1,0 +1,404 @@
+//! The machine: `husk-vmm` and `husk-fsd`, launched side by side with all they need, and watched to their end.
+
+use std::{
+    fs::File,
+    io,
+    os::fd::{AsFd, OwnedFd},
+    path::{Path, PathBuf},
+    sync::{
+        Arc, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
+
+use husk_agent_protocol::limits::FIRST_STDIO_PORT;
+use husk_vmm_protocol::{
+    config::{CONFIG_VERSION, ConfigError, MachineConfig},
+    control::{EndReason, MAX_REPORT_LEN, Report},
+    fds,
+    vsock::StreamOffer,
+};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use tokio::{net::unix::pipe::Receiver, sync::Mutex, task::JoinHandle, time::timeout};
+
+use super::{
+    console::{Console, TAIL, printable},
+    log::{self, LastLine},
+};
+use crate::{
+    engine::Programs,
+    host::{
+        child::{self, Child, Program},
+        memory::guest_memory,
+        seqpacket::Seqpacket,
+        share,
+    },
+};
+
+/// How long what a child said before its end may take to be read.
+const LAST_WORDS: Duration = Duration::from_millis(500);
+
+/// How long the VMM may take to take a stream over. It does nothing else that takes time.
+const OFFER: Duration = Duration::from_secs(10);
+
+/// What to launch.
+#[derive(Clone, Debug)]
+pub struct Launch<'a> {
+    /// The programs and the guest image.
+    pub programs: &'a Programs,
+    /// The KVM device.
+    pub kvm: &'a Path,
+    /// The share's root: a mount of its own.
+    pub share: &'a Path,
+    /// Number of vCPUs.
+    pub vcpus: u8,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+    /// Added to the kernel's command line.
+    pub kernel_params: &'a str,
+}
+
+/// Why a machine was not launched. Nothing of it is left.
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    /// The KVM device cannot be opened.
+    #[error("{}: {}", path.display(), kvm_advice(source))]
+    Kvm {
+        /// The device.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A file of the guest image cannot be opened.
+    #[error("cannot open {what} {}; run `make install`", path.display())]
+    Image {
+        /// Which.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Vcpus, memory or kernel parameters are out of range.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// Memory, a pipe or a socket was refused.
+    #[error("cannot make {what}")]
+    Resource {
+        /// What.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A program cannot be executed.
+    #[error("cannot execute {}", path.display())]
+    Execute {
+        /// The program.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// What to do when `/dev/kvm` cannot be opened.
+pub fn kvm_advice(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::ENOENT) => {
+            "it does not exist; enable virtualization (VT-x or AMD-V) in the firmware and load kvm_intel or kvm_amd"
+        }
+        Some(libc::EACCES | libc::EPERM) => "permission denied; run as root or add yourself to the group kvm",
+        Some(libc::ENXIO | libc::ENODEV) => {
+            "no such device; enable virtualization (VT-x or AMD-V) in the firmware and load kvm_intel or kvm_amd"
+        }
+        _ => "it cannot be opened",
+    }
+}
+
+/// A launched machine.
+#[derive(Debug)]
+pub struct Machine {
+    vmm: Child,
+    fsd: Child,
+    control: Mutex<Seqpacket>,
+    channel: Seqpacket,
+    next_port: AtomicU32,
+    console: Arc<Console>,
+    readers: Mutex<Vec<JoinHandle<()>>>,
+    vmm_log: LastLine,
+    fsd_log: LastLine,
+}
+
+/// What a child is given, for tests to play the child.
+#[cfg(test)]
+#[derive(Debug)]
+pub struct ChildEnds {
+    pub control: OwnedFd,
+    pub vsock: OwnedFd,
+    pub console: OwnedFd,
+}
+
+/// Opens what the machine needs and starts its two programs.
+///
+/// # Errors
+/// Then nothing of it is left.
+pub async fn launch(
+    launch: Launch<'_>,
+    #[cfg(test)] play: impl FnOnce(ChildEnds),
+) -> Result<Machine, LaunchError> {
+    let config = MachineConfig {
+        version: CONFIG_VERSION,
+        vcpus: launch.vcpus,
+        memory_mib: launch.memory_mib,
+        kernel_params: launch.kernel_params.to_owned(),
+    }
+    .encode()?;
+    let kvm = File::options()
+        .read(true)
+        .write(true)
+        .open(launch.kvm)
+        .map_err(|source| LaunchError::Kvm {
+            path: launch.kvm.to_owned(),
+            source,
+        })?;
+    let image = |what, path: &Path| {
+        File::open(path).map_err(|source| LaunchError::Image {
+            what,
+            path: path.to_owned(),
+            source,
+        })
+    };
+    let kernel = image("the guest kernel", &launch.programs.kernel)?;
+    let initramfs = image("the guest's initramfs", &launch.programs.initramfs)?;
+    let resource = |what| move |source| LaunchError::Resource { what, source };
+    let memory = guest_memory(launch.memory_mib).map_err(resource("the guest's memory"))?;
+    let share = share::open_root(launch.share).map_err(resource("the share"))?;
+    let (console, console_end) = pipe().map_err(resource("the console's pipe"))?;
+    // Only this end's file description: the guest never waits for who reads its console.
+    fcntl(&console_end, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
+        .map_err(|errno| resource("the console's pipe")(errno.into()))?;
+    let (vmm_log, vmm_log_end) = pipe().map_err(resource("a log's pipe"))?;
+    let (fsd_log, fsd_log_end) = pipe().map_err(resource("a log's pipe"))?;
+    let (control, control_end) = Seqpacket::pair().map_err(resource("the control socket"))?;
+    let (channel, channel_end) = Seqpacket::pair().map_err(resource("the vsock channel"))?;
+    let (fs_vmm, fs_fsd) = nix::sys::socket::socketpair(
+        nix::sys::socket::AddressFamily::Unix,
+        nix::sys::socket::SockType::SeqPacket,
+        None,
+        nix::sys::socket::SockFlag::SOCK_CLOEXEC,
+    )
+    .map_err(|errno| resource("the fs channel")(errno.into()))?;
+
+    #[cfg(test)]
+    play(ChildEnds {
+        control: control_end.try_clone().map_err(resource("a test"))?,
+        vsock: channel_end.try_clone().map_err(resource("a test"))?,
+        console: console_end.try_clone().map_err(resource("a test"))?,
+    });
+
+    // The configuration waits in the socket: the VMM finds it when it gets there.
+    control
+        .send(&config, None)
+        .await
+        .map_err(resource("the control socket"))?;
+    let vmm = child::spawn(Program {
+        path: &launch.programs.vmm,
+        fds: vec![
+            (fds::vmm::LOG, vmm_log_end),
+            (fds::vmm::CONTROL, control_end),
+            (fds::vmm::KVM, kvm.into()),
+            (fds::vmm::MEMORY, memory),
+            (fds::vmm::KERNEL, kernel.into()),
+            (fds::vmm::INITRAMFS, initramfs.into()),
+            (fds::vmm::CONSOLE, console_end),
+            (fds::vmm::FS, fs_vmm),
+            (fds::vmm::VSOCK, channel_end),
+        ],
+    });
+    let fsd = child::spawn(Program {
+        path: &launch.programs.fsd,
+        fds: vec![
+            (fds::fsd::LOG, fsd_log_end),
+            (fds::fsd::SHARE, share),
+            (fds::fsd::CHANNEL, fs_fsd),
+        ],
+    });
+    let (vmm, fsd) = match tokio::join!(vmm, fsd) {
+        (Ok(vmm), Ok(fsd)) => (vmm, fsd),
+        (vmm, fsd) => {
+            let mut result = None;
+            for (child, path) in [(vmm, &launch.programs.vmm), (fsd, &launch.programs.fsd)] {
+                match child {
+                    Ok(child) => {
+                        child.kill();
+                        child.ended().await;
+                    }
+                    Err(source) => {
+                        result.get_or_insert(LaunchError::Execute {
+                            path: path.clone(),
+                            source,
+                        });
+                    }
+                }
+            }
+            return Err(result.unwrap_or(LaunchError::Execute {
+                path: launch.programs.vmm.clone(),
+                source: io::ErrorKind::Other.into(),
+            }));
+        }
+    };
+    let (console, console_task) = Console::read(console);
+    let (vmm_log, vmm_log_task) = log::carry("husk-vmm", vmm_log);
+    let (fsd_log, fsd_log_task) = log::carry("husk-fsd", fsd_log);
+    Ok(Machine {
+        vmm,
+        fsd,
+        control: Mutex::new(control),
+        channel,
+        next_port: AtomicU32::new(FIRST_STDIO_PORT),
+        console,
+        readers: Mutex::new(vec![console_task, vmm_log_task, fsd_log_task]),
+        vmm_log,
+        fsd_log,
+    })
+}
+
+fn pipe() -> io::Result<(Receiver, OwnedFd)> {
+    let (read, write) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
+    fcntl(&read, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+    Ok((Receiver::from_owned_fd(read)?, write))
+}
+
+impl Machine {
+    /// The VMM.
+    pub fn vmm(&self) -> &Child {
+        &self.vmm
+    }
+
+    /// The file server.
+    pub fn fsd(&self) -> &Child {
+        &self.fsd
+    }
+
+    /// The guest's console.
+    pub fn console(&self) -> &Console {
+        &self.console
+    }
+
+    /// A host port that was never used before in this machine.
+    ///
+    /// # Errors
+    /// When all of them were used.
+    pub fn fresh_port(&self) -> io::Result<u32> {
+        self.next_port
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |port| port.checked_add(1))
+            .map_err(|_| io::Error::other("the sandbox has used up its vsock ports; start another"))
+    }
+
+    /// Hands a stream to the VMM.
+    ///
+    /// # Errors
+    /// When the VMM is gone, or does not take it within [`OFFER`].
+    pub async fn offer(&self, offer: StreamOffer, stream: OwnedFd) -> io::Result<()> {
+        timeout(OFFER, self.channel.send(&offer.encode(), Some(stream.as_fd()))).await?
+    }
+
+    /// Kills both programs.
+    pub fn kill(&self) {
+        self.vmm.kill();
+        self.fsd.kill();
+    }
+
+    /// Waits for the machine's end, by itself or by [`Machine::kill`]; tells why it ended. Both programs are gone
+    /// then. One caller at a time.
+    pub async fn ended(&self) -> String {
+        let control = self.control.lock().await;
+        let mut told = None;
+        let told_or_over = async {
+            loop {
+                match self.report(&control).await {
+                    Some(Ok(Report::Running)) => tracing::debug!("the machine runs"),
+                    Some(Ok(report)) => told = Some(reason_of(&report)),
+                    Some(Err(nonsense)) => {
+                        told = Some(nonsense);
+                        self.vmm.kill();
+                    }
+                    None => return,
+                }
+            }
+        };
+        let how = tokio::select! {
+            biased;
+            // Reports end when the VMM closes its end, at the latest by exiting.
+            () = told_or_over => match timeout(LAST_WORDS, self.vmm.ended()).await {
+                Ok(how) => format!("husk-vmm {how}"),
+                Err(_) => "husk-vmm closed its control socket".into(),
+            },
+            how = self.fsd.ended() => format!("husk-fsd {how}"),
+        };
+        // When the VMM ends so does the file server, and may be seen first.
+        let _ = timeout(LAST_WORDS, self.vmm.ended()).await;
+        let _ = timeout(LAST_WORDS, async {
+            while let Some(report) = self.report(&control).await {
+                if let Ok(report @ (Report::Ended { .. } | Report::Failed { .. })) = report {
+                    told = Some(reason_of(&report));
+                }
+            }
+        })
+        .await;
+        self.kill();
+        self.vmm.ended().await;
+        self.fsd.ended().await;
+        for reader in self.readers.lock().await.iter_mut() {
+            let _ = timeout(LAST_WORDS, reader).await;
+        }
+        told.unwrap_or_else(|| {
+            let log = if how.starts_with("husk-fsd") {
+                &self.fsd_log
+            } else {
+                &self.vmm_log
+            };
+            match log.lock().unwrap_or_else(PoisonError::into_inner).as_str() {
+                "" => how,
+                line => format!("{how}; the last line of its log: {line}"),
+            }
+        })
+    }
+
+    /// The last lines of the console, for an error.
+    pub fn console_tail(&self) -> String {
+        self.console.tail(TAIL)
+    }
+
+    async fn report(&self, control: &Seqpacket) -> Option<Result<Report, String>> {
+        let mut packet = vec![0; MAX_REPORT_LEN + 1];
+        match control.recv(&mut packet).await {
+            Ok(0) | Err(_) => None,
+            Ok(length) if length > MAX_REPORT_LEN => Some(Err("husk-vmm sent too long a report".into())),
+            Ok(length) => Some(
+                serde_json::from_slice(packet.get(..length).unwrap_or_default())
+                    .map_err(|error| format!("husk-vmm sent a report that makes no sense: {error}")),
+            ),
+        }
+    }
+}
+
+fn reason_of(report: &Report) -> String {
+    match report {
+        Report::Running => "the machine runs".into(),
+        Report::Ended {
+            reason: EndReason::Reset,
+        } => "the guest shut down".into(),
+        Report::Ended {
+            reason: EndReason::Panic,
+        } => "the guest's kernel panicked".into(),
+        Report::Ended {
+            reason: EndReason::TripleFault,
+        } => "the guest's CPU had a triple fault".into(),
+        Report::Failed { message } => printable(message),
+    }
+}

@@ -1,0 +1,351 @@
+//! Starting husk's own programs: exact descriptors at exact numbers, nothing else inherited.
+//!
+//! Each child has a thread of this process that forked it and waits for it. The thread lives as long as the child,
+//! so that the child's death signal (bound to the thread that forked, see prctl(2)) means the death of this process.
+
+use std::{
+    ffi::{CString, c_char},
+    io::{self, Read},
+    os::{
+        fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
+        unix::ffi::OsStrExt,
+    },
+    path::Path,
+    sync::Arc,
+};
+
+use nix::{
+    fcntl::{FcntlArg, OFlag, fcntl},
+    sys::{
+        signal::{SigSet, SigmaskHow, pthread_sigmask},
+        wait::{WaitStatus, waitpid},
+    },
+    unistd::Pid,
+};
+use tokio::sync::{oneshot, watch};
+
+use super::pid::{Identity, pidfd_open, pidfd_signal};
+
+/// Lowest number for descriptors on their way to a child: above every number of a descriptor table.
+const STAGING: RawFd = 64;
+
+/// A program to start.
+#[derive(Debug)]
+pub struct Program<'a> {
+    /// The executable.
+    pub path: &'a Path,
+    /// What it finds at which number. 0 and 1 are /dev/null unless named; numbers are below [`STAGING`].
+    pub fds: Vec<(RawFd, OwnedFd)>,
+}
+
+/// A running (or ended) child.
+#[derive(Clone, Debug)]
+pub struct Child {
+    identity: Identity,
+    pidfd: Arc<OwnedFd>,
+    ended: watch::Receiver<Option<String>>,
+}
+
+impl Child {
+    /// Its pid.
+    pub fn pid(&self) -> u32 {
+        self.identity.pid
+    }
+
+    /// Its pid and start time.
+    pub fn identity(&self) -> Identity {
+        self.identity
+    }
+
+    /// Kills it. One that has ended is fine.
+    pub fn kill(&self) {
+        if let Err(error) = pidfd_signal(&self.pidfd, libc::SIGKILL) {
+            tracing::error!(pid = self.pid(), %error, "cannot kill a child");
+        }
+    }
+
+    /// Waits for its end; tells how it ended, e.g. `was killed by SIGKILL`.
+    pub async fn ended(&self) -> String {
+        let mut ended = self.ended.clone();
+        match ended.wait_for(Option::is_some).await {
+            Ok(how) => how.clone().unwrap_or_default(),
+            Err(_) => "was lost".into(),
+        }
+    }
+}
+
+/// Starts a program with an empty environment, in `/`, in a session of its own, with default signal dispositions,
+/// to be killed when this process dies.
+///
+/// # Errors
+/// When it cannot be executed.
+pub async fn spawn(program: Program<'_>) -> io::Result<Child> {
+    let plan = Plan::new(program)?;
+    let (started, child) = oneshot::channel();
+    std::thread::Builder::new()
+        .name("husk-child".into())
+        .stack_size(128 << 10)
+        .spawn(move || run(plan, started))?;
+    child.await.map_err(io::Error::other)?
+}
+
+/// All that the forked child needs, made before the fork: after it only async-signal-safe calls are allowed.
+struct Plan {
+    path: CString,
+    name: CString,
+    fds: Vec<(RawFd, OwnedFd)>,
+    end: u32,
+    root: CString,
+    failure: OwnedFd,
+    result: OwnedFd,
+}
+
+impl Plan {
+    fn new(program: Program<'_>) -> io::Result<Self> {
+        let name = program.path.file_name().unwrap_or(program.path.as_os_str());
+        let mut fds = Vec::with_capacity(program.fds.len() + 2);
+        for (number, fd) in program.fds {
+            fds.push((number, stage(&fd)?));
+        }
+        for number in [0, 1] {
+            if !fds.iter().any(|(n, _)| *n == number) {
+                let null = std::fs::File::options()
+                    .read(true)
+                    .write(true)
+                    .open("/dev/null")?;
+                fds.push((number, stage(&null.into())?));
+            }
+        }
+        let (result, failure) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
+        let end = fds
+            .iter()
+            .map(|(number, _)| *number)
+            .max()
+            .unwrap_or(0)
+            .saturating_add(1);
+        Ok(Self {
+            path: CString::new(program.path.as_os_str().as_bytes())?,
+            name: CString::new(name.as_bytes())?,
+            fds,
+            end: u32::try_from(end).map_err(io::Error::other)?,
+            root: c"/".into(),
+            failure: stage(&failure)?,
+            result,
+        })
+    }
+}
+
+fn stage(fd: &OwnedFd) -> io::Result<OwnedFd> {
+    let raw = fcntl(fd, FcntlArg::F_DUPFD_CLOEXEC(STAGING))?;
+    // SAFETY: fcntl just returned this new descriptor.
+    Ok(unsafe { OwnedFd::from_raw_fd(raw) })
+}
+
+/// The child's thread: forks, tells of it, waits for the child's end.
+fn run(plan: Plan, started: oneshot::Sender<io::Result<Child>>) {
+    // No handler of this process may run in the child before its exec.
+    if let Err(error) = pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), None) {
+        let _ = started.send(Err(error.into()));
+        return;
+    }
+    let argv = [plan.name.as_ptr(), std::ptr::null()];
+    let envp = [std::ptr::null::<c_char>()];
+    let parent = std::process::id() as libc::pid_t;
+    // SAFETY: the child calls only async-signal-safe functions (see `child`) and never returns.
+    let pid = match unsafe { libc::fork() } {
+        -1 => {
+            let _ = started.send(Err(io::Error::last_os_error()));
+            return;
+        }
+        // SAFETY: this is the child of a fork, with the plan and the arrays built before it.
+        0 => unsafe { child(&plan, parent, &argv, &envp) },
+        pid => pid,
+    };
+    let Plan {
+        failure, mut result, ..
+    } = {
+        let mut plan = plan;
+        plan.fds.clear();
+        plan
+    };
+    drop(failure);
+    let made = executed(&mut result)
+        .and_then(|()| Ok((Identity::of(pid as u32)?, Arc::new(pidfd_open(pid as u32)?))));
+    let (ended, receiver) = watch::channel(None);
+    let made = made.map(|(identity, pidfd)| Child {
+        identity,
+        pidfd,
+        ended: receiver,
+    });
+    if made.is_err() {
+        // SAFETY: the child was not waited for, so the pid is still its own.
+        unsafe { libc::kill(pid, libc::SIGKILL) };
+    }
+    let lost = started.send(made).is_err();
+    if lost {
+        // SAFETY: as above.
+        unsafe { libc::kill(pid, libc::SIGKILL) };
+    }
+    let how = loop {
+        match waitpid(Pid::from_raw(pid), None) {
+            Ok(WaitStatus::Exited(_, code)) => break format!("exited with code {code}"),
+            Ok(WaitStatus::Signaled(_, signal, _)) => break format!("was killed by {}", signal.as_str()),
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Err(error) => break format!("was lost ({error})"),
+        }
+    };
+    let _ = ended.send(Some(how));
+}
+
+/// Reads the child's word: nothing when it has executed its program, otherwise the errno.
+fn executed(result: &mut OwnedFd) -> io::Result<()> {
+    let mut word = Vec::with_capacity(4);
+    std::fs::File::from(result.try_clone()?)
+        .take(4)
+        .read_to_end(&mut word)?;
+    match <[u8; 4]>::try_from(word.as_slice()) {
+        Ok(errno) => Err(io::Error::from_raw_os_error(i32::from_ne_bytes(errno))),
+        Err(_) => Ok(()),
+    }
+}
+
+/// # Safety
+/// Only in the child of a fork, with the signals blocked.
+unsafe fn child(plan: &Plan, parent: libc::pid_t, argv: &[*const c_char], envp: &[*const c_char]) -> ! {
+    // SAFETY: only async-signal-safe calls, on memory that was made before the fork.
+    unsafe {
+        let fail = || -> ! {
+            let errno = (*libc::__errno_location()).to_ne_bytes();
+            libc::write(plan.failure.as_raw_fd(), errno.as_ptr().cast(), errno.len());
+            libc::_exit(127)
+        };
+        if libc::setsid() < 0
+            || libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0
+            || libc::chdir(plan.root.as_ptr()) != 0
+        {
+            fail();
+        }
+        // The parent may have died before the death signal was asked for.
+        if libc::getppid() != parent {
+            libc::_exit(127);
+        }
+        libc::umask(0o077);
+        for (number, fd) in &plan.fds {
+            if libc::dup2(fd.as_raw_fd(), *number) < 0 {
+                fail();
+            }
+        }
+        if libc::syscall(
+            libc::SYS_close_range,
+            plan.end,
+            u32::MAX,
+            libc::CLOSE_RANGE_CLOEXEC,
+        ) != 0
+        {
+            fail();
+        }
+        for signal in 1..=libc::SIGRTMAX() {
+            libc::signal(signal, libc::SIG_DFL);
+        }
+        let mut none: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&mut none);
+        libc::sigprocmask(libc::SIG_SETMASK, &none, std::ptr::null_mut());
+        libc::execve(plan.path.as_ptr(), argv.as_ptr(), envp.as_ptr());
+        fail()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{fs, os::unix::fs::PermissionsExt, path::PathBuf};
+
+    fn script(dir: &Path, text: &str) -> PathBuf {
+        let path = dir.join("program");
+        fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        path
+    }
+
+    fn read_all(fd: OwnedFd) -> String {
+        let mut text = String::new();
+        fs::File::from(fd).read_to_string(&mut text).unwrap();
+        text
+    }
+
+    #[tokio::test]
+    async fn a_child_finds_its_descriptors_and_no_other() {
+        let dir = tempfile::tempdir().unwrap();
+        // Descriptors of this process that are not marked to be closed at exec.
+        let stray = fs::File::open("/dev/null").unwrap();
+        fcntl(&stray, FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty())).unwrap();
+        let path = script(
+            dir.path(),
+            "cd /proc/$$/fd; echo * >&3; pwd -P >/dev/null; env >&3; echo done >&3",
+        );
+        let (read, write) = nix::unistd::pipe2(OFlag::O_CLOEXEC).unwrap();
+        let log = fs::File::options().write(true).open("/dev/null").unwrap();
+        let child = spawn(Program {
+            path: &path,
+            fds: vec![(3, write), (2, log.into())],
+        })
+        .await
+        .unwrap();
+        let text = tokio::task::spawn_blocking(|| read_all(read)).await.unwrap();
+        // sh itself holds the script (number 10 upwards).
+        let fds: Vec<&str> = text.lines().next().unwrap().split(' ').collect();
+        assert_eq!(fds[..4], ["0", "1", "2", "3"], "{text}");
+        assert!(fds[4..].iter().all(|fd| *fd == "10" || *fd == "255"), "{text}");
+        assert!(!text.contains("HOME="), "{text}");
+        assert!(text.ends_with("done\n"), "{text}");
+        assert_eq!(child.ended().await, "exited with code 0");
+    }
+
+    #[tokio::test]
+    async fn descriptors_may_trade_numbers() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = script(dir.path(), "echo three >&3; echo four >&4");
+        let (read3, write3) = nix::unistd::pipe2(OFlag::O_CLOEXEC).unwrap();
+        let (read4, write4) = nix::unistd::pipe2(OFlag::O_CLOEXEC).unwrap();
+        let child = spawn(Program {
+            path: &path,
+            fds: vec![(4, write4), (3, write3)],
+        })
+        .await
+        .unwrap();
+        child.ended().await;
+        assert_eq!(
+            (read_all(read3), read_all(read4)),
+            ("three\n".into(), "four\n".into())
+        );
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_executed_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let missing = dir.path().join("missing");
+        let error = spawn(Program {
+            path: &missing,
+            fds: vec![],
+        })
+        .await
+        .unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
+    }
+
+    #[tokio::test]
+    async fn a_killed_child_is_reported() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = script(dir.path(), "exec sleep 1000");
+        let child = spawn(Program {
+            path: &path,
+            fds: vec![],
+        })
+        .await
+        .unwrap();
+        child.kill();
+        assert_eq!(child.ended().await, "was killed by SIGKILL");
+        assert!(child.identity().open().unwrap().is_none());
+        child.kill();
+    }
+}

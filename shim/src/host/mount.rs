@@ -1,0 +1,392 @@
+//! Mounting: options as in fstab(5), trees cloned and attached in one step, and unmounting that cannot fail half-way.
+
+use std::{
+    ffi::CString,
+    fs, io,
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+        unix::ffi::{OsStrExt, OsStringExt},
+    },
+    path::{Path, PathBuf},
+};
+
+use nix::{
+    errno::Errno,
+    mount::{MntFlags, MsFlags, umount2},
+};
+
+/// Options of a mount, sorted out: flags for the kernel, data for the file system.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// Flags of mount(2).
+    pub flags: MsFlags,
+    /// What is not a flag, in the given order.
+    pub data: Vec<String>,
+}
+
+impl Options {
+    /// Sorts out options as containerd's mounts have them.
+    ///
+    /// # Errors
+    /// With the option that cannot be applied.
+    pub fn parse(options: &[String]) -> Result<Self, String> {
+        let mut parsed = Self {
+            flags: MsFlags::empty(),
+            data: Vec::new(),
+        };
+        for option in options {
+            match option.as_str() {
+                "" | "defaults" => {}
+                "loop" | "user" | "users" | "_netdev" => return Err(option.clone()),
+                name if name.starts_with("uidmap=") || name.starts_with("gidmap=") => {
+                    return Err(option.clone());
+                }
+                name => match FLAGS.iter().find(|(known, ..)| *known == name) {
+                    Some((_, true, flag)) => parsed.flags.insert(*flag),
+                    Some((_, false, flag)) => parsed.flags.remove(*flag),
+                    None => parsed.data.push(option.clone()),
+                },
+            }
+        }
+        Ok(parsed)
+    }
+}
+
+/// Options that are flags: name, whether it sets or clears, flag.
+const FLAGS: &[(&str, bool, MsFlags)] = &[
+    ("async", false, MsFlags::MS_SYNCHRONOUS),
+    ("atime", false, MsFlags::MS_NOATIME),
+    ("bind", true, MsFlags::MS_BIND),
+    ("dev", false, MsFlags::MS_NODEV),
+    ("diratime", false, MsFlags::MS_NODIRATIME),
+    ("dirsync", true, MsFlags::MS_DIRSYNC),
+    ("exec", false, MsFlags::MS_NOEXEC),
+    ("lazytime", true, MsFlags::MS_LAZYTIME),
+    ("noatime", true, MsFlags::MS_NOATIME),
+    ("nodev", true, MsFlags::MS_NODEV),
+    ("nodiratime", true, MsFlags::MS_NODIRATIME),
+    ("noexec", true, MsFlags::MS_NOEXEC),
+    ("nolazytime", false, MsFlags::MS_LAZYTIME),
+    ("norelatime", false, MsFlags::MS_RELATIME),
+    ("nostrictatime", false, MsFlags::MS_STRICTATIME),
+    ("nosuid", true, MsFlags::MS_NOSUID),
+    ("rbind", true, MsFlags::MS_BIND.union(MsFlags::MS_REC)),
+    ("relatime", true, MsFlags::MS_RELATIME),
+    ("ro", true, MsFlags::MS_RDONLY),
+    ("rw", false, MsFlags::MS_RDONLY),
+    ("strictatime", true, MsFlags::MS_STRICTATIME),
+    ("suid", false, MsFlags::MS_NOSUID),
+    ("sync", true, MsFlags::MS_SYNCHRONOUS),
+];
+
+/// Most bytes of data that mount(2) takes: a page with its final zero.
+const MAX_DATA_LEN: usize = 4095;
+
+/// Mounts `source` of file system `kind` on `target` (mount(2)).
+///
+/// # Errors
+/// The kernel's; `E2BIG` when the data does not fit into a page.
+pub fn mount(kind: &str, source: &str, target: &Path, options: &Options) -> io::Result<()> {
+    let bind = options.flags.contains(MsFlags::MS_BIND);
+    let (data, _held) = shortened(&options.data)?;
+    let data = (!data.is_empty()).then_some(data.as_str());
+    let kind = (!bind && !kind.is_empty()).then_some(kind);
+    nix::mount::mount(Some(source), target, kind, options.flags, data)?;
+    // A bind mount takes its other flags only when it is mounted again.
+    let kept = options.flags - MsFlags::MS_BIND - MsFlags::MS_REC;
+    if bind && !kept.is_empty() {
+        let flags = kept | MsFlags::MS_BIND | MsFlags::MS_REMOUNT;
+        if let Err(error) = nix::mount::mount(None::<&str>, target, None::<&str>, flags, None::<&str>) {
+            unmount(target)?;
+            return Err(error.into());
+        }
+    }
+    Ok(())
+}
+
+/// The data as one string. Where overlay's layers make it longer than a page, each is named by a descriptor, which
+/// has to be held until the mount is made.
+fn shortened(data: &[String]) -> io::Result<(String, Vec<OwnedFd>)> {
+    let joined = data.join(",");
+    if joined.len() <= MAX_DATA_LEN {
+        return Ok((joined, Vec::new()));
+    }
+    let mut held = Vec::new();
+    let mut shorter = Vec::with_capacity(data.len());
+    for option in data {
+        match option.strip_prefix("lowerdir=") {
+            Some(layers) => {
+                let mut names = Vec::new();
+                for layer in layers.split(':') {
+                    let fd = open_path(Path::new(layer))?;
+                    names.push(format!("/proc/self/fd/{}", fd.as_raw_fd()));
+                    held.push(fd);
+                }
+                shorter.push(format!("lowerdir={}", names.join(":")));
+            }
+            None => shorter.push(option.clone()),
+        }
+    }
+    let joined = shorter.join(",");
+    if joined.len() <= MAX_DATA_LEN {
+        Ok((joined, held))
+    } else {
+        Err(io::Error::from_raw_os_error(libc::E2BIG))
+    }
+}
+
+/// Opens a path as a place only.
+///
+/// # Errors
+/// The kernel's.
+pub fn open_path(path: &Path) -> io::Result<OwnedFd> {
+    use nix::{fcntl::OFlag, sys::stat::Mode};
+    Ok(nix::fcntl::open(
+        path,
+        OFlag::O_PATH | OFlag::O_CLOEXEC,
+        Mode::empty(),
+    )?)
+}
+
+/// Opens the directory `path` beneath `root`, as if `root` were `/`: no symbolic link leads out.
+///
+/// # Errors
+/// The kernel's.
+pub fn open_in_root(root: &Path, path: &str) -> io::Result<OwnedFd> {
+    use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
+    let dir = open_path(root)?;
+    let how = OpenHow::new()
+        .flags(OFlag::O_PATH | OFlag::O_CLOEXEC | OFlag::O_DIRECTORY)
+        .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+    Ok(openat2(&dir, path.trim_start_matches('/'), how)?)
+}
+
+/// How a tree is cloned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Clone {
+    /// With the mounts below.
+    pub recursive: bool,
+    /// The topmost mount becomes read-only.
+    pub read_only: bool,
+    /// Mounts and unmounts that happen at the source later are seen in the clone (never the other way).
+    pub follow: bool,
+}
+
+/// Clones the tree at `source` onto `target`. Nothing that is mounted or unmounted in the clone reaches the source.
+///
+/// # Errors
+/// The kernel's; then nothing is mounted.
+pub fn clone_tree(source: BorrowedFd<'_>, target: &Path, how: Clone) -> io::Result<()> {
+    let recursive = if how.recursive {
+        libc::AT_RECURSIVE as u32
+    } else {
+        0
+    };
+    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | libc::AT_EMPTY_PATH as u32 | recursive;
+    // SAFETY: the path is an empty C string; the descriptor is open for the length of the call.
+    let tree = unsafe { libc::syscall(libc::SYS_open_tree, source.as_raw_fd(), c"".as_ptr(), flags) };
+    if tree < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel just returned this descriptor.
+    let tree = unsafe { OwnedFd::from_raw_fd(tree as i32) };
+    let propagation = if how.follow {
+        libc::MS_SLAVE
+    } else {
+        libc::MS_PRIVATE
+    };
+    set_attributes(tree.as_fd(), libc::AT_RECURSIVE as u32, 0, propagation)?;
+    if how.read_only {
+        set_attributes(tree.as_fd(), 0, libc::MOUNT_ATTR_RDONLY, 0)?;
+    }
+    let target = CString::new(target.as_os_str().as_bytes())?;
+    // SAFETY: both paths are C strings; the descriptor is open for the length of the call.
+    let moved = unsafe {
+        libc::syscall(
+            libc::SYS_move_mount,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_FDCWD,
+            target.as_ptr(),
+            libc::MOVE_MOUNT_F_EMPTY_PATH,
+        )
+    };
+    if moved == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+fn set_attributes(mount: BorrowedFd<'_>, flags: u32, set: u64, propagation: u64) -> io::Result<()> {
+    let attributes = libc::mount_attr {
+        attr_set: set,
+        attr_clr: 0,
+        propagation,
+        userns_fd: 0,
+    };
+    // SAFETY: the structure outlives the call and its size is told.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH as u32 | flags,
+            &raw const attributes,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// Unmounts what is on `path`; at once where it is not in use, otherwise as soon as nobody uses it. Nothing mounted
+/// there is fine.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn unmount(path: &Path) -> io::Result<()> {
+    match umount2(path, MntFlags::UMOUNT_NOFOLLOW) {
+        Err(Errno::EBUSY) => match umount2(path, MntFlags::UMOUNT_NOFOLLOW | MntFlags::MNT_DETACH) {
+            Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => Ok(()),
+            Err(error) => Err(error.into()),
+        },
+        Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Unmounts all that is mounted on `path` and beneath it, topmost last.
+///
+/// # Errors
+/// The first failure; the rest is still unmounted.
+pub fn unmount_below(path: &Path) -> io::Result<()> {
+    let table = fs::read("/proc/self/mountinfo")?;
+    let mut result = Ok(());
+    // Later lines are mounted on or beneath earlier ones.
+    for point in mount_points(&table)
+        .into_iter()
+        .rev()
+        .filter(|point| point.starts_with(path))
+    {
+        result = result.and(unmount(&point));
+    }
+    result
+}
+
+/// Mount points in the order of `/proc/self/mountinfo` (its fifth field, blanks and the like as `\ooo`).
+fn mount_points(table: &[u8]) -> Vec<PathBuf> {
+    table
+        .split(|byte| *byte == b'\n')
+        .filter_map(|line| line.split(|byte| *byte == b' ').nth(4))
+        .map(|field| PathBuf::from(std::ffi::OsString::from_vec(unescape(field))))
+        .collect()
+}
+
+fn unescape(field: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((&first, after)) = rest.split_first() {
+        let octal = after
+            .first_chunk::<3>()
+            .filter(|digits| first == b'\\' && digits.iter().all(|digit| (b'0'..=b'7').contains(digit)));
+        match octal {
+            Some(digits) => {
+                let value = digits
+                    .iter()
+                    .fold(0u32, |value, digit| value * 8 + u32::from(digit - b'0'));
+                bytes.push(value as u8);
+                rest = after.get(3..).unwrap_or_default();
+            }
+            None => {
+                bytes.push(first);
+                rest = after;
+            }
+        }
+    }
+    bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn strings(options: &[&str]) -> Vec<String> {
+        options.iter().map(|option| (*option).to_owned()).collect()
+    }
+
+    #[test]
+    fn flags_and_data_are_told_apart() {
+        let parsed = Options::parse(&strings(&["ro", "rbind", "lowerdir=/a:/b", "index=off", "rw"])).unwrap();
+        assert_eq!(parsed.flags, MsFlags::MS_BIND | MsFlags::MS_REC);
+        assert_eq!(parsed.data, strings(&["lowerdir=/a:/b", "index=off"]));
+        assert_eq!(Options::parse(&strings(&["ro", "loop"])), Err("loop".into()));
+    }
+
+    #[test]
+    fn mount_points_are_unescaped() {
+        let table = b"22 1 0:21 / /proc rw - proc proc rw\n\
+                      30 22 0:26 / /a\\040b\\134c\\04 rw,nosuid shared:2 - tmpfs t rw\n";
+        assert_eq!(
+            mount_points(table),
+            [PathBuf::from("/proc"), PathBuf::from("/a b\\c\\04")]
+        );
+    }
+
+    #[test]
+    fn a_cloned_tree_is_whole_and_goes_without_a_trace() {
+        let dir = tempfile::tempdir().unwrap();
+        let (source, target) = (dir.path().join("source"), dir.path().join("target"));
+        fs::create_dir(&source).unwrap();
+        fs::create_dir(&target).unwrap();
+        let tmpfs = Options {
+            flags: MsFlags::empty(),
+            data: vec!["size=1m".into()],
+        };
+        mount("tmpfs", "one", &source, &tmpfs).unwrap();
+        fs::create_dir(source.join("below")).unwrap();
+        mount("tmpfs", "two", &source.join("below"), &tmpfs).unwrap();
+        fs::write(source.join("below/file"), "x").unwrap();
+        let how = Clone {
+            recursive: true,
+            read_only: true,
+            follow: true,
+        };
+        clone_tree(open_path(&source).unwrap().as_fd(), &target, how).unwrap();
+        assert_eq!(fs::read(target.join("below/file")).unwrap(), b"x");
+        let refused = fs::write(target.join("new"), "x").unwrap_err();
+        assert_eq!(refused.raw_os_error(), Some(libc::EROFS));
+        unmount_below(&target).unwrap();
+        assert!(!target.join("below").exists());
+        assert!(source.join("below/file").exists());
+        unmount_below(&source).unwrap();
+        unmount(&source).unwrap();
+        assert!(!source.join("below").exists());
+    }
+
+    #[test]
+    fn an_overlay_of_very_many_layers_is_mounted() {
+        let dir = tempfile::tempdir().unwrap();
+        let name = "x".repeat(120);
+        let layers: Vec<String> = (0..60)
+            .map(|number| {
+                let layer = dir.path().join(format!("{name}{number}"));
+                fs::create_dir(&layer).unwrap();
+                fs::write(layer.join(format!("file{number}")), "").unwrap();
+                layer.to_str().unwrap().to_owned()
+            })
+            .collect();
+        let merged = dir.path().join("merged");
+        fs::create_dir(&merged).unwrap();
+        let options = Options {
+            flags: MsFlags::empty(),
+            data: vec![format!("lowerdir={}", layers.join(":"))],
+        };
+        mount("overlay", "overlay", &merged, &options).unwrap();
+        assert_eq!(fs::read_dir(&merged).unwrap().count(), 60);
+        unmount(&merged).unwrap();
+    }
+}
