@@ -14,7 +14,7 @@ pub mod worker;
 #[cfg(test)]
 mod connection_test;
 #[cfg(test)]
-mod vsock_test;
+mod tests;
 
 use crate::virtio::device::{ActivateError, Activation, ActiveQueue, Device};
 use crate::worker::Worker;
