@@ -1,7 +1,6 @@
 //! Guests that keep no rules, and the limits that hold then.
 
 use super::machine::*;
-use crate::virtio::device::Device;
 use crate::virtio::guest_queue::{GuestQueue, Part};
 use crate::virtio::vsock::credit::BUF_ALLOC;
 use crate::virtio::vsock::muxer::{MAX_CONNECTIONS, MAX_REPLIES};
@@ -14,7 +13,6 @@ use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering;
-use virtio_queue::QueueT;
 use vm_memory::{Bytes, GuestAddress};
 
 #[test]

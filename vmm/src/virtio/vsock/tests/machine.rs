@@ -1,7 +1,6 @@
 //! A guest, an engine and the device between them, for the tests.
 
 use crate::memory::Memory;
-use crate::virtio::device::Device;
 use crate::virtio::guest_queue::{GuestQueue, Part, eventfd, interrupt, memory};
 use crate::virtio::vsock::muxer::Muxer;
 use crate::virtio::vsock::offers::Offers;
@@ -9,12 +8,11 @@ use crate::virtio::vsock::packet::{HEADER_LEN, Header, Op, Ports, TYPE_STREAM};
 use crate::virtio::vsock::worker::{Doorbell, VsockWorker};
 use crate::worker::{Handler, Poll, WorkerError};
 use husk_vmm_protocol::vsock::{GUEST_CID, HOST_CID, StreamOffer};
-use std::io::{ErrorKind, Read, Write};
+use std::io::{ErrorKind, Read};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use virtio_queue::QueueT;
 use vm_memory::{ByteValued, Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 

@@ -10,8 +10,6 @@ use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
-use virtio_queue::QueueT;
-use vm_memory::ByteValued;
 
 #[test]
 fn a_guest_gets_the_stream_that_was_offered_for_its_port() {

@@ -1,7 +1,6 @@
 //! What happens on a connection: data, credit, half-closes.
 
 use super::machine::*;
-use crate::virtio::device::Device;
 use crate::virtio::vsock::credit::BUF_ALLOC;
 use crate::virtio::vsock::packet::{Header, Op, Ports, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 use husk_vmm_protocol::vsock::StreamOffer;
@@ -9,8 +8,6 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
-use virtio_queue::QueueT;
-use vm_memory::Bytes;
 
 #[test]
 fn one_interrupt_per_pass_and_none_for_nothing() {
