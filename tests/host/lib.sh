@@ -89,9 +89,12 @@ cached() {
             wait $! || { rm -rf --one-file-system "$tmp"; die "making $name failed"; }
             mv -T "$tmp" "$entry"
             say "made $name in $((SECONDS - start)) s"
+            # Its forerunners that nobody used for a week are not needed again.
+            find "$host_cache" -mindepth 1 -maxdepth 1 -type d -name "${name%-*}-*" -mtime +7 -exec rm -rf --one-file-system {} +
         fi
         rm -f "$host_cache/.$name.lock"
         exec {lock}>&-
     fi
+    touch "$entry" 2>/dev/null || true
     printf '%s\n' "$entry"
 }
