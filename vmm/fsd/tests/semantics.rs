@@ -880,10 +880,8 @@ fn locks_hold_between_processes() {
     assert_eq!(libc::WEXITSTATUS(status), 7);
     drop(file);
     // SAFETY: no pointers are involved.
-    assert_eq!(
-        unsafe { libc::flock(other.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) },
-        0
-    );
+    let taken = unsafe { libc::flock(other.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) };
+    assert_eq!(taken, 0);
     // SAFETY: forks a child that only locks and ends.
     let child = unsafe { libc::fork() };
     if child == 0 {

@@ -20,10 +20,15 @@ pub struct Server {
 impl Server {
     /// Gives the calling thread a mount namespace of its own and starts a server in it.
     pub fn start() -> Self {
+        Self::start_limited(None)
+    }
+
+    /// The same, with a limit on open files.
+    pub fn start_limited(files: Option<libc::rlim_t>) -> Self {
         // SAFETY: geteuid cannot fail.
-        assert_eq!(
-            unsafe { libc::geteuid() },
-            0,
+        let root = unsafe { libc::geteuid() } == 0;
+        assert!(
+            root,
             "these tests need root: they mount file systems and change owners"
         );
         // SAFETY: no pointers are involved; only this thread is concerned.
@@ -43,7 +48,7 @@ impl Server {
             .open(&share)
             .unwrap();
         let (ours, theirs) = packet_pair();
-        let child = spawn(share_fd, theirs);
+        let child = spawn(share_fd, theirs, files);
         Self {
             child,
             channel: Some(ours),
@@ -85,7 +90,7 @@ impl Drop for Server {
     }
 }
 
-fn spawn(share: File, channel: OwnedFd) -> Child {
+fn spawn(share: File, channel: OwnedFd, files: Option<libc::rlim_t>) -> Child {
     let mut command = Command::new(env!("CARGO_BIN_EXE_husk-fsd"));
     command.stdin(Stdio::null()).stdout(Stdio::null());
     // SAFETY: between fork and exec only async-signal-safe calls are made.
@@ -95,6 +100,13 @@ fn spawn(share: File, channel: OwnedFd) -> Child {
             let channel = check(libc::fcntl(channel.as_raw_fd(), libc::F_DUPFD, 10))?;
             check(libc::dup2(share, husk_vmm_protocol::fds::fsd::SHARE))?;
             check(libc::dup2(channel, husk_vmm_protocol::fds::fsd::CHANNEL))?;
+            if let Some(files) = files {
+                let limit = libc::rlimit {
+                    rlim_cur: files / 2,
+                    rlim_max: files,
+                };
+                check(libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit))?;
+            }
             Ok(())
         });
     }
