@@ -3,7 +3,7 @@
 use husk_vmm_protocol::config::{ConfigError, MAX_CONFIG_LEN, MachineConfig};
 use husk_vmm_protocol::control::{MAX_REPORT_LEN, Report};
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::Duration;
 
 /// How long the engine may take to send the configuration.
@@ -41,8 +41,10 @@ pub struct Control {
 /// What woke [`Control::wait`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wake {
-    /// The other descriptor is readable.
-    Other,
+    /// The machine's end is readable.
+    MachineEnded,
+    /// The file server closed its end.
+    FileServerGone,
     /// The engine closed its end.
     EngineGone,
 }
@@ -101,16 +103,30 @@ impl Control {
         Ok(())
     }
 
-    /// Waits until `other` is readable or the engine is gone, whichever is first; if both are, it is `other`.
+    /// Waits until `ended` is readable, or one of the other processes has closed its end: the file server that of
+    /// `file_server`, the engine that of this socket. If several are, the first of these counts.
     ///
     /// # Errors
     /// When the engine sends anything, or the wait fails.
-    pub fn wait(&self, other: RawFd) -> Result<Wake, ControlError> {
-        let mut fds = [poll_for(other), poll_for(self.socket.as_raw_fd())];
+    pub fn wait(&self, ended: BorrowedFd<'_>, file_server: BorrowedFd<'_>) -> Result<Wake, ControlError> {
+        // The end of a channel is told whatever is asked for.
+        let hang_up = libc::pollfd {
+            fd: file_server.as_raw_fd(),
+            events: 0,
+            revents: 0,
+        };
+        let mut fds = [
+            poll_for(ended.as_raw_fd()),
+            poll_for(self.socket.as_raw_fd()),
+            hang_up,
+        ];
         poll(&mut fds, -1)?;
-        let [other, _] = fds;
-        if other.revents != 0 {
-            return Ok(Wake::Other);
+        let [ended, engine, _] = fds;
+        if ended.revents != 0 {
+            return Ok(Wake::MachineEnded);
+        }
+        if engine.revents == 0 {
+            return Ok(Wake::FileServerGone);
         }
         match self.receive(&mut [0; 1]) {
             Ok(_) => Err(ControlError::SecondMessage),
@@ -175,8 +191,7 @@ fn poll(fds: &mut [libc::pollfd], timeout: i32) -> Result<bool, ControlError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::fd::FromRawFd;
-    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+    use std::os::fd::{AsFd, FromRawFd};
 
     fn pair() -> (Control, OwnedFd) {
         let mut fds = [0; 2];
@@ -229,15 +244,34 @@ mod tests {
         assert!(matches!(control.receive_config(), Err(ControlError::EngineGone)));
     }
 
+    /// An event to wait for, and both ends of a file server's channel.
+    fn others() -> (OwnedFd, OwnedFd, OwnedFd) {
+        // SAFETY: the new descriptor is nobody else's.
+        let event = unsafe { OwnedFd::from_raw_fd(libc::eventfd(0, libc::EFD_NONBLOCK)) };
+        let (ours, server) = pair();
+        (event, ours.socket, server)
+    }
+
     #[test]
-    fn the_end_of_the_engine_wakes() {
+    fn each_end_wakes() {
         let (control, engine) = pair();
-        let event = EventFd::new(EFD_NONBLOCK).unwrap();
-        event.write(1).unwrap();
-        assert_eq!(control.wait(event.as_raw_fd()).unwrap(), Wake::Other);
-        event.read().unwrap();
+        let (event, ours, server) = others();
+        drop(server);
+        assert_eq!(
+            control.wait(event.as_fd(), ours.as_fd()).unwrap(),
+            Wake::FileServerGone
+        );
         drop(engine);
-        assert_eq!(control.wait(event.as_raw_fd()).unwrap(), Wake::EngineGone);
+        assert_eq!(
+            control.wait(event.as_fd(), ours.as_fd()).unwrap(),
+            Wake::EngineGone
+        );
+        // SAFETY: no pointers are involved.
+        assert_eq!(unsafe { libc::eventfd_write(event.as_raw_fd(), 1) }, 0);
+        assert_eq!(
+            control.wait(event.as_fd(), ours.as_fd()).unwrap(),
+            Wake::MachineEnded
+        );
         assert!(matches!(
             control.report(&Report::Running),
             Err(ControlError::EngineGone)
@@ -247,10 +281,10 @@ mod tests {
     #[test]
     fn a_second_message_is_refused() {
         let (control, engine) = pair();
+        let (event, ours, _server) = others();
         send(&engine, b"more");
-        let event = EventFd::new(EFD_NONBLOCK).unwrap();
         assert!(matches!(
-            control.wait(event.as_raw_fd()),
+            control.wait(event.as_fd(), ours.as_fd()),
             Err(ControlError::SecondMessage)
         ));
     }

@@ -24,7 +24,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Sender};
@@ -101,6 +101,9 @@ pub enum MachineError {
         /// The cause.
         source: Stop,
     },
+    /// The share's file server is gone: without its files a machine is of no use.
+    #[error("the file server (husk-fsd) is gone")]
+    FileServerGone,
     /// All vCPU threads are gone without a word.
     #[error("the vCPUs are gone")]
     VcpusGone,
@@ -143,6 +146,7 @@ pub fn run(fds: Fds, control: &Control) -> Result<End, MachineError> {
     // Before the vCPUs: each is given its local APIC when it is made.
     irq::create(&vm).map_err(kvm_error("making the interrupt controllers"))?;
 
+    let file_server = fs::watch(&fds.fs).map_err(|source| MachineError::Device { name: "fs", source })?;
     let panicked = Arc::new(AtomicBool::new(false));
     let devices: Vec<(&'static str, Box<dyn Device>)> = vec![
         ("vsock", Box::new(vsock::Vsock::new(GUEST_CID, fds.vsock))),
@@ -191,8 +195,12 @@ pub fn run(fds: Fds, control: &Control) -> Result<End, MachineError> {
     drop(stopped);
     control.report(&Report::Running)?;
 
-    if control.wait(ended.as_raw_fd())? == Wake::EngineGone {
-        return Ok(End::EngineGone);
+    // SAFETY: `ended` lives to the end of this function.
+    let ended_fd = unsafe { BorrowedFd::borrow_raw(ended.as_raw_fd()) };
+    match control.wait(ended_fd, file_server.as_fd())? {
+        Wake::MachineEnded => {}
+        Wake::FileServerGone => return Err(MachineError::FileServerGone),
+        Wake::EngineGone => return Ok(End::EngineGone),
     }
     let (index, stop) = stops.try_recv().map_err(|_| MachineError::VcpusGone)?;
     let reason = match stop {

@@ -180,10 +180,8 @@ mod tests {
         };
         file.set_len(size).unwrap();
         // SAFETY: no pointers are involved.
-        assert_eq!(
-            unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) },
-            0
-        );
+        let sealed = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) };
+        assert_eq!(sealed, 0);
         file
     }
 

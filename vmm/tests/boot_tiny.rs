@@ -74,7 +74,10 @@ fn memfd(size: u64) -> File {
         assert!(fd >= 0);
         let file = File::from_raw_fd(fd);
         file.set_len(size).unwrap();
-        assert_eq!(libc::fcntl(fd, libc::F_ADD_SEALS, libc::F_SEAL_GROW | libc::F_SEAL_SHRINK), 0);
+        assert_eq!(
+            libc::fcntl(fd, libc::F_ADD_SEALS, libc::F_SEAL_GROW | libc::F_SEAL_SHRINK),
+            0
+        );
         file
     }
 }
@@ -85,6 +88,19 @@ fn packet_pair() -> (OwnedFd, OwnedFd) {
     unsafe {
         let kind = libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC;
         assert_eq!(libc::socketpair(libc::AF_UNIX, kind, 0, fds.as_mut_ptr()), 0);
+        (OwnedFd::from_raw_fd(fds[0]), OwnedFd::from_raw_fd(fds[1]))
+    }
+}
+
+/// Reading and writing end; neither blocks.
+fn pipe() -> (OwnedFd, OwnedFd) {
+    let mut fds = [0; 2];
+    // SAFETY: room for two descriptors, which are nobody else's.
+    unsafe {
+        assert_eq!(
+            libc::pipe2(fds.as_mut_ptr(), libc::O_CLOEXEC | libc::O_NONBLOCK),
+            0
+        );
         (OwnedFd::from_raw_fd(fds[0]), OwnedFd::from_raw_fd(fds[1]))
     }
 }
@@ -102,7 +118,8 @@ fn has_kvm(test: &str) -> bool {
 struct Vmm {
     child: Child,
     control: Option<OwnedFd>,
-    _kept: (OwnedFd, OwnedFd, std::io::PipeReader),
+    file_server: Option<OwnedFd>,
+    _kept: (OwnedFd, OwnedFd),
 }
 
 /// Descriptors by their number in the table.
@@ -114,9 +131,7 @@ impl Vmm {
         let (control, theirs) = packet_pair();
         let (fs, fs_theirs) = packet_pair();
         let (vsock, vsock_theirs) = packet_pair();
-        let (console, console_theirs) = std::io::pipe().unwrap();
-        // SAFETY: plain numbers.
-        unsafe { libc::fcntl(console_theirs.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) };
+        let (console, console_theirs) = pipe();
         let kvm = File::options().read(true).write(true).open("/dev/kvm");
         let kvm = kvm.unwrap_or_else(|_| File::options().read(true).write(true).open("/dev/null").unwrap());
         let mut fds: Fds = vec![
@@ -125,7 +140,7 @@ impl Vmm {
             (table::MEMORY, memfd(64 * MIB).into()),
             (table::KERNEL, kernel.into()),
             (table::INITRAMFS, file(b"070701").into()),
-            (table::CONSOLE, console_theirs.into()),
+            (table::CONSOLE, console_theirs),
             (table::FS, fs_theirs),
             (table::VSOCK, vsock_theirs),
         ];
@@ -135,13 +150,20 @@ impl Vmm {
             .into_iter()
             .map(|(number, fd)| {
                 // SAFETY: plain numbers; the new descriptor is nobody else's.
-                let copy = unsafe { OwnedFd::from_raw_fd(libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, 100)) };
+                let copy =
+                    unsafe { OwnedFd::from_raw_fd(libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, 100)) };
                 (number, copy)
             })
             .collect();
-        let numbers: Vec<(RawFd, RawFd)> = high.iter().map(|(number, fd)| (*number, fd.as_raw_fd())).collect();
+        let numbers: Vec<(RawFd, RawFd)> = high
+            .iter()
+            .map(|(number, fd)| (*number, fd.as_raw_fd()))
+            .collect();
         let mut command = Command::new(env!("CARGO_BIN_EXE_husk-vmm"));
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped());
         // SAFETY: only system calls on plain numbers, between fork and exec. Rust's own descriptors, which report a
         // failed exec, are closed at exec as well.
         unsafe {
@@ -156,7 +178,12 @@ impl Vmm {
             });
         }
         let child = command.spawn().unwrap();
-        Self { child, control: Some(control), _kept: (fs, vsock, console) }
+        Self {
+            child,
+            control: Some(control),
+            file_server: Some(fs),
+            _kept: (vsock, console),
+        }
     }
 
     fn boot(code: &[u8]) -> Self {
@@ -166,21 +193,37 @@ impl Vmm {
     }
 
     fn configure(&self, vcpus: u8) {
-        let config = MachineConfig { version: 1, vcpus, memory_mib: 64, kernel_params: String::new() };
+        let config = MachineConfig {
+            version: 1,
+            vcpus,
+            memory_mib: 64,
+            kernel_params: String::new(),
+        };
         self.send(&config.encode().unwrap());
     }
 
     fn send(&self, message: &[u8]) {
         let control = self.control.as_ref().unwrap().as_raw_fd();
         // SAFETY: pointer and length belong together.
-        let sent = unsafe { libc::send(control, message.as_ptr().cast(), message.len(), libc::MSG_NOSIGNAL) };
+        let sent = unsafe {
+            libc::send(
+                control,
+                message.as_ptr().cast(),
+                message.len(),
+                libc::MSG_NOSIGNAL,
+            )
+        };
         assert_eq!(sent, message.len() as isize);
     }
 
     /// The next report, `None` at the end.
     fn report(&self) -> Option<Report> {
         let control = self.control.as_ref().unwrap().as_raw_fd();
-        let mut fds = [libc::pollfd { fd: control, events: libc::POLLIN, revents: 0 }];
+        let mut fds = [libc::pollfd {
+            fd: control,
+            events: libc::POLLIN,
+            revents: 0,
+        }];
         let mut buffer = vec![0u8; MAX_REPORT_LEN];
         // SAFETY: pointers and lengths belong together.
         let length = unsafe {
@@ -197,7 +240,12 @@ impl Vmm {
     fn finish(mut self) -> (Vec<Report>, String, ExitStatus) {
         let reports = std::iter::from_fn(|| self.report()).collect();
         let mut log = String::new();
-        self.child.stderr.take().unwrap().read_to_string(&mut log).unwrap();
+        self.child
+            .stderr
+            .take()
+            .unwrap()
+            .read_to_string(&mut log)
+            .unwrap();
         (reports, log, self.child.wait().unwrap())
     }
 }
@@ -210,7 +258,9 @@ fn assert_ends(code: &[u8], reason: EndReason) {
 
 fn assert_fails(vmm: Vmm, expected: &str) {
     let (reports, log, status) = vmm.finish();
-    let [Report::Failed { message }] = reports.as_slice() else { panic!("{reports:?}\n{log}") };
+    let [Report::Failed { message }] = reports.as_slice() else {
+        panic!("{reports:?}\n{log}")
+    };
     assert!(message.contains(expected), "{message}");
     assert!(log.contains(expected), "{log}");
     assert_eq!(status.code(), Some(1));
@@ -271,6 +321,16 @@ fn the_vmm_ends_with_its_engine() {
     let mut vmm = Vmm::start(kernel(SPIN), |_| {});
     drop(vmm.control.take());
     assert_eq!(vmm.child.wait().unwrap().code(), Some(3));
+}
+
+#[test]
+fn the_vmm_ends_with_its_file_server() {
+    if has_kvm("the_vmm_ends_with_its_file_server") {
+        let mut vmm = Vmm::boot(SPIN);
+        assert_eq!(vmm.report(), Some(Report::Running));
+        drop(vmm.file_server.take());
+        assert_fails(vmm, "husk-fsd");
+    }
 }
 
 #[test]
@@ -337,7 +397,10 @@ fn a_wrong_table_of_descriptors_is_refused() {
         (table::FS, "file server"),
         (table::VSOCK, "streams"),
     ] {
-        assert_fails(Vmm::start(kernel(RESET), missing(number)), &format!("descriptor {number} ({name}"));
+        assert_fails(
+            Vmm::start(kernel(RESET), missing(number)),
+            &format!("descriptor {number} ({name}"),
+        );
         let wrong = |fds: &mut Fds| {
             let directory = File::open("/").unwrap().into();
             fds.iter_mut().find(|(n, _)| *n == number).unwrap().1 = directory;
@@ -365,7 +428,10 @@ fn memory_and_kernel_are_checked() {
         vmm.configure(1);
         vmm
     };
-    assert_fails(replaced(table::MEMORY, memfd(32 * MIB)), "33554432 bytes, the configuration says 67108864");
+    assert_fails(
+        replaced(table::MEMORY, memfd(32 * MIB)),
+        "33554432 bytes, the configuration says 67108864",
+    );
     let unsealed = {
         // SAFETY: the name is a C string, the descriptor is new.
         let file = unsafe { File::from_raw_fd(libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC)) };
@@ -373,8 +439,14 @@ fn memory_and_kernel_are_checked() {
         file
     };
     assert_fails(replaced(table::MEMORY, unsealed), "not sealed");
-    assert_fails(replaced(table::KERNEL, file(b"#!/bin/sh\n")), "kernel could not be read");
-    assert_fails(replaced(table::KERNEL, file(&[0x7f; 4096])), "not an uncompressed x86_64 vmlinux");
+    assert_fails(
+        replaced(table::KERNEL, file(b"#!/bin/sh\n")),
+        "kernel could not be read",
+    );
+    assert_fails(
+        replaced(table::KERNEL, file(&[0x7f; 4096])),
+        "not an uncompressed x86_64 vmlinux",
+    );
     let large = file(b"");
     large.set_len(64 * MIB).unwrap();
     assert_fails(replaced(table::INITRAMFS, large), "more memory");
@@ -382,8 +454,21 @@ fn memory_and_kernel_are_checked() {
 
 #[test]
 fn help_and_version_are_told() {
-    let run = |argument: &str| Command::new(env!("CARGO_BIN_EXE_husk-vmm")).arg(argument).output().unwrap();
-    assert!(String::from_utf8(run("--help").stdout).unwrap().contains("husk starts it"));
-    assert!(String::from_utf8(run("--version").stdout).unwrap().starts_with("husk-vmm "));
+    let run = |argument: &str| {
+        Command::new(env!("CARGO_BIN_EXE_husk-vmm"))
+            .arg(argument)
+            .output()
+            .unwrap()
+    };
+    assert!(
+        String::from_utf8(run("--help").stdout)
+            .unwrap()
+            .contains("husk starts it")
+    );
+    assert!(
+        String::from_utf8(run("--version").stdout)
+            .unwrap()
+            .starts_with("husk-vmm ")
+    );
     assert_eq!(run("--frobnicate").status.code(), Some(2));
 }

@@ -39,7 +39,10 @@ pub fn build(cpus: u8, irqs: impl IntoIterator<Item = u8>) -> Vec<u8> {
     for cpu in 0..cpus {
         let flags = CPU_ENABLED | if cpu == 0 { CPU_BOOTSTRAP } else { 0 };
         let mut processor = [0u8; 20];
-        for (byte, value) in processor.iter_mut().zip([PROCESSOR, cpu, LOCAL_APIC_VERSION, flags]) {
+        for (byte, value) in processor
+            .iter_mut()
+            .zip([PROCESSOR, cpu, LOCAL_APIC_VERSION, flags])
+        {
             *byte = value;
         }
         entry(&processor);
@@ -114,14 +117,21 @@ mod tests {
                 rest = &rest[if *kind == PROCESSOR { 20 } else { 8 }..];
             }
             assert_eq!(seen, [u16::from(cpus), 1, 1, 19, 2]);
-            assert_eq!(u16::from_le_bytes([table[34], table[35]]), seen.iter().sum::<u16>());
+            assert_eq!(
+                u16::from_le_bytes([table[34], table[35]]),
+                seen.iter().sum::<u16>()
+            );
         }
     }
 
     #[test]
     fn only_the_first_cpu_is_the_bootstrap_processor() {
         let bytes = build(3, []);
-        let cpus: Vec<_> = bytes[16 + HEADER_LEN..].chunks(20).take(3).map(|c| (c[1], c[3])).collect();
+        let cpus: Vec<_> = bytes[16 + HEADER_LEN..]
+            .chunks(20)
+            .take(3)
+            .map(|c| (c[1], c[3]))
+            .collect();
         assert_eq!(cpus, [(0, 3), (1, 1), (2, 1)]);
     }
 }

@@ -68,9 +68,12 @@ pub struct Kernel {
 /// When `file` is not an ELF file with a PVH entry, or does not fit between 1 MiB and the end of low memory.
 pub fn load_kernel(memory: &Memory, file: &File, memory_size: u64) -> Result<Kernel, BootError> {
     let mut header = [0u8; ELF_HEADER_LEN];
-    file.read_exact_at(&mut header, 0).map_err(BootError::ReadKernel)?;
+    file.read_exact_at(&mut header, 0)
+        .map_err(BootError::ReadKernel)?;
     if !header.starts_with(b"\x7fELF\x02\x01") || u16_at(&header, 18) != Some(EM_X86_64) {
-        return Err(BootError::NotKernel("no 64-bit little-endian ELF header for x86_64"));
+        return Err(BootError::NotKernel(
+            "no 64-bit little-endian ELF header for x86_64",
+        ));
     }
     let headers_at = u64_at(&header, 32).ok_or(BootError::NotKernel("a short header"))?;
     if u16_at(&header, 54) != Some(PROGRAM_HEADER_LEN as u16) {
@@ -103,7 +106,9 @@ pub fn load_kernel(memory: &Memory, file: &File, memory_size: u64) -> Result<Ker
                     }));
                 };
                 if segment.file_size > segment.memory_size {
-                    return Err(BootError::NotKernel("a segment larger in the file than in memory"));
+                    return Err(BootError::NotKernel(
+                        "a segment larger in the file than in memory",
+                    ));
                 }
                 // What the segment has beyond the file is zero: guest memory is new.
                 memory::load(memory, segment.address, file, segment.offset, segment.file_size)
@@ -115,14 +120,18 @@ pub fn load_kernel(memory: &Memory, file: &File, memory_size: u64) -> Result<Ker
                     return Err(BootError::NotKernel("far too many notes"));
                 }
                 let mut notes = vec![0u8; segment.file_size as usize];
-                file.read_exact_at(&mut notes, segment.offset).map_err(BootError::ReadKernel)?;
+                file.read_exact_at(&mut notes, segment.offset)
+                    .map_err(BootError::ReadKernel)?;
                 entry = find_entry(&notes);
             }
             _ => {}
         }
     }
     let entry = entry.ok_or(BootError::NoEntry)?;
-    if !segments.iter().any(|(start, end)| (*start..*end).contains(&u64::from(entry))) {
+    if !segments
+        .iter()
+        .any(|(start, end)| (*start..*end).contains(&u64::from(entry)))
+    {
         return Err(BootError::NotKernel("the entry lies outside of all segments"));
     }
     let end = segments.iter().map(|(_, end)| *end).max().unwrap_or(0);
@@ -165,7 +174,11 @@ pub fn write_start_info(
         (layout::FIRMWARE_START, layout::HIGH_RAM_START, MEMORY_RESERVED),
     ];
     for (start, length) in memory::regions(memory_size) {
-        map.push((start.max(layout::HIGH_RAM_START), start.saturating_add(length), MEMORY_RAM));
+        map.push((
+            start.max(layout::HIGH_RAM_START),
+            start.saturating_add(length),
+            MEMORY_RAM,
+        ));
     }
     let mut map_bytes = Vec::with_capacity(map.len().saturating_mul(24));
     for (start, end, kind) in &map {
@@ -214,7 +227,8 @@ struct Segment {
 
 fn read_segment(file: &File, at: u64) -> Result<Segment, BootError> {
     let mut bytes = [0u8; PROGRAM_HEADER_LEN];
-    file.read_exact_at(&mut bytes, at).map_err(BootError::ReadKernel)?;
+    file.read_exact_at(&mut bytes, at)
+        .map_err(BootError::ReadKernel)?;
     let field = |at| u64_at(&bytes, at).ok_or(BootError::NotKernel("a short program header"));
     Ok(Segment {
         kind: u32_at(&bytes, 0).unwrap_or(0),

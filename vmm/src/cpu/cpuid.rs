@@ -38,7 +38,10 @@ pub fn build(supported: &CpuId, index: u8, cpus: u8, tsc_deadline: bool) -> Resu
         .find(|e| e.function == 0)
         .map_or((0, 0, 0), |e| (e.ebx, e.edx, e.ecx));
     let amd = vendor == AMD || vendor == HYGON;
-    let topology = Topology { apic_id: u32::from(index), cores: u32::from(cpus.max(1)) };
+    let topology = Topology {
+        apic_id: u32::from(index),
+        cores: u32::from(cpus.max(1)),
+    };
 
     let mut leaves: Vec<kvm_cpuid_entry2> = supported
         .as_slice()
@@ -91,16 +94,15 @@ impl Topology {
 
     /// Numbers of CPUs that share a cache of `level`, less one: the third is the package's, the others a core's.
     fn sharing(self, level: u32) -> u32 {
-        if level >= 3 { (1u32 << self.core_bits()).saturating_sub(1) } else { 0 }
+        if level >= 3 {
+            (1u32 << self.core_bits()).saturating_sub(1)
+        } else {
+            0
+        }
     }
 }
 
-fn adjust(
-    mut e: kvm_cpuid_entry2,
-    topology: Topology,
-    amd: bool,
-    tsc_deadline: bool,
-) -> kvm_cpuid_entry2 {
+fn adjust(mut e: kvm_cpuid_entry2, topology: Topology, amd: bool, tsc_deadline: bool) -> kvm_cpuid_entry2 {
     let set = |register: &mut u32, bit: u32, on: bool| {
         *register = (*register & !(1 << bit)) | (u32::from(on) << bit);
     };
@@ -185,7 +187,15 @@ mod tests {
 
     fn leaf(function: u32, index: u32, registers: [u32; 4]) -> kvm_cpuid_entry2 {
         let [eax, ebx, ecx, edx] = registers;
-        kvm_cpuid_entry2 { function, index, eax, ebx, ecx, edx, ..Default::default() }
+        kvm_cpuid_entry2 {
+            function,
+            index,
+            eax,
+            ebx,
+            ecx,
+            edx,
+            ..Default::default()
+        }
     }
 
     fn host(vendor: (u32, u32, u32)) -> CpuId {
@@ -208,8 +218,11 @@ mod tests {
     }
 
     fn find(cpuid: &CpuId, function: u32, index: u32) -> kvm_cpuid_entry2 {
-        let found: Vec<_> =
-            cpuid.as_slice().iter().filter(|e| (e.function, e.index) == (function, index)).collect();
+        let found: Vec<_> = cpuid
+            .as_slice()
+            .iter()
+            .filter(|e| (e.function, e.index) == (function, index))
+            .collect();
         assert_eq!(found.len(), 1, "leaf {function:#x}.{index}");
         *found[0]
     }
@@ -234,7 +247,10 @@ mod tests {
                 assert_eq!(find(&intel, 4, 4).eax, 0);
 
                 let amd = build(&host(AMD), index, cpus, true).unwrap();
-                assert_eq!(find(&amd, 0x8000_0008, 0).ecx, (bits << 12) | (u32::from(cpus) - 1));
+                assert_eq!(
+                    find(&amd, 0x8000_0008, 0).ecx,
+                    (bits << 12) | (u32::from(cpus) - 1)
+                );
                 assert_eq!(find(&amd, 0x8000_001e, 0).eax, apic);
                 assert_eq!(find(&amd, 0x8000_001e, 0).ebx, apic);
                 assert_eq!(find(&amd, 0x8000_001d, 3).eax >> 14 & 0xfff, (1 << bits) - 1);
@@ -252,7 +268,11 @@ mod tests {
         assert_eq!(find(&cpuid, 0x8000_0001, 0).ecx & (1 << 2), 0, "SVM");
         assert_eq!(find(&cpuid, 0xa, 0).eax, 0, "counters");
         let kvm = find(&cpuid, KVM_FEATURES, 0);
-        assert_eq!(kvm.eax & (1 << 4 | 1 << 10 | 1 << 14 | 1 << 15), 0, "async faults, far MSI destinations");
+        assert_eq!(
+            kvm.eax & (1 << 4 | 1 << 10 | 1 << 14 | 1 << 15),
+            0,
+            "async faults, far MSI destinations"
+        );
         assert_eq!(kvm.edx, 0, "no promise of dedicated CPUs");
     }
 }

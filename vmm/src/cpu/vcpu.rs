@@ -84,7 +84,11 @@ pub enum Stop {
 pub fn set_up(vcpu: &VcpuFd, cpuid: &CpuId) -> Result<(), SetUpError> {
     vcpu.set_cpuid2(cpuid).map_err(setting("CPUID"))?;
 
-    let entry = |index, data| kvm_msr_entry { index, data, ..Default::default() };
+    let entry = |index, data| kvm_msr_entry {
+        index,
+        data,
+        ..Default::default()
+    };
     let wanted = [
         entry(MSR_MISC_ENABLE, MISC_ENABLE_FAST_STRING),
         entry(MSR_MTRR_DEFAULT, MTRR_ON_WRITE_BACK),
@@ -124,9 +128,21 @@ pub fn set_entry(vcpu: &VcpuFd, entry: u32) -> Result<(), SetUpError> {
         g: 1,
         ..Default::default()
     };
-    sregs.cs = kvm_segment { selector: 0x8, type_: 0xb, ..data };
+    sregs.cs = kvm_segment {
+        selector: 0x8,
+        type_: 0xb,
+        ..data
+    };
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
-    sregs.tr = kvm_segment { selector: 0x18, limit: 0x67, type_: 0xb, s: 0, db: 0, g: 0, ..data };
+    sregs.tr = kvm_segment {
+        selector: 0x18,
+        limit: 0x67,
+        type_: 0xb,
+        s: 0,
+        db: 0,
+        g: 0,
+        ..data
+    };
     sregs.cr0 = CR0_PE | CR0_ET;
     sregs.cr3 = 0;
     sregs.cr4 = 0;
@@ -168,7 +184,11 @@ fn run_once(vcpu: &mut VcpuFd, bus: &Bus) -> Option<Stop> {
         },
         VcpuExit::Shutdown => return Some(Stop::Ended(EndReason::TripleFault)),
         VcpuExit::FailEntry(reason, cpu) => {
-            return Some(Stop::FailEntry { reason, cpu, rip: instruction_pointer(vcpu) });
+            return Some(Stop::FailEntry {
+                reason,
+                cpu,
+                rip: instruction_pointer(vcpu),
+            });
         }
         VcpuExit::InternalError => return Some(internal_error(vcpu)),
         VcpuExit::MemoryFault { gpa, size, .. } => return Some(Stop::MemoryFault { gpa, size }),
@@ -183,8 +203,17 @@ fn internal_error(vcpu: &mut VcpuFd) -> Stop {
     let rip = instruction_pointer(vcpu);
     // SAFETY: the exit reason was KVM_EXIT_INTERNAL_ERROR, so this is the union's member; it is plain data.
     let internal = unsafe { vcpu.get_kvm_run().__bindgen_anon_1.internal };
-    let data = internal.data.iter().take(internal.ndata as usize).copied().collect();
-    Stop::InternalError { suberror: internal.suberror, data, rip }
+    let data = internal
+        .data
+        .iter()
+        .take(internal.ndata as usize)
+        .copied()
+        .collect();
+    Stop::InternalError {
+        suberror: internal.suberror,
+        data,
+        rip,
+    }
 }
 
 /// For messages; 0 if it cannot be told.

@@ -65,7 +65,11 @@ impl IoApic {
     /// All pins masked. `lines` are those of the devices: an edge that comes while its pin is masked would be lost, so
     /// at unmasking a line whose device still has something to tell is raised again.
     pub fn new(router: Box<dyn Router>, lines: Vec<(u32, Interrupt)>) -> Self {
-        let state = State { select: 0, id: 0, entries: [MASKED; IOAPIC_PINS] };
+        let state = State {
+            select: 0,
+            id: 0,
+            entries: [MASKED; IOAPIC_PINS],
+        };
         Self { state, lines, router }
     }
 
@@ -78,11 +82,7 @@ impl IoApic {
     ///
     /// # Errors
     /// When the routes could not be set.
-    pub fn restore(
-        state: State,
-        router: Box<dyn Router>,
-        lines: Vec<(u32, Interrupt)>,
-    ) -> io::Result<Self> {
+    pub fn restore(state: State, router: Box<dyn Router>, lines: Vec<(u32, Interrupt)>) -> io::Result<Self> {
         let mut io_apic = Self { state, lines, router };
         for entry in &mut io_apic.state.entries {
             *entry &= WRITABLE;
@@ -98,7 +98,10 @@ impl IoApic {
             WINDOW => self.register(),
             _ => 0,
         };
-        for (byte, value) in data.iter_mut().zip(value.to_le_bytes().into_iter().chain(std::iter::repeat(0))) {
+        for (byte, value) in data
+            .iter_mut()
+            .zip(value.to_le_bytes().into_iter().chain(std::iter::repeat(0)))
+        {
             *byte = value;
         }
     }
@@ -140,8 +143,12 @@ impl IoApic {
             self.state.id = (value >> 24) as u8 & 0x0f;
             return;
         }
-        let Some((pin, high)) = self.selected() else { return };
-        let Some(entry) = self.state.entries.get_mut(pin) else { return };
+        let Some((pin, high)) = self.selected() else {
+            return;
+        };
+        let Some(entry) = self.state.entries.get_mut(pin) else {
+            return;
+        };
         let old = *entry;
         *entry = WRITABLE
             & if high {
@@ -164,8 +171,10 @@ impl IoApic {
     }
 
     fn route(&mut self) -> io::Result<()> {
-        let routes: Vec<_> =
-            (0u32..).zip(self.state.entries).filter_map(|(gsi, entry)| Some((gsi, message(entry)?))).collect();
+        let routes: Vec<_> = (0u32..)
+            .zip(self.state.entries)
+            .filter_map(|(gsi, entry)| Some((gsi, message(entry)?)))
+            .collect();
         self.router.set_routes(&routes)
     }
 }
@@ -180,7 +189,10 @@ fn message(entry: u64) -> Option<Message> {
     let destination = (entry >> 56) as u32;
     let logical = if entry & LOGICAL != 0 { 1 << 2 } else { 0 };
     let data = (entry & 0x7ff & !LEVEL) as u32;
-    Some(Message { address: 0xfee0_0000 | (destination << 12) | logical, data })
+    Some(Message {
+        address: 0xfee0_0000 | (destination << 12) | logical,
+        data,
+    })
 }
 
 #[cfg(test)]
@@ -204,7 +216,10 @@ mod tests {
 
     fn io_apic(lines: Vec<(u32, Interrupt)>) -> (IoApic, Routes) {
         let routes = Routes::default();
-        (IoApic::new(Box::new(Recorder(Arc::clone(&routes))), lines), routes)
+        (
+            IoApic::new(Box::new(Recorder(Arc::clone(&routes))), lines),
+            routes,
+        )
     }
 
     fn set(io_apic: &mut IoApic, register: u8, value: u32) {
@@ -236,9 +251,21 @@ mod tests {
         set(&mut io_apic, 0x1a, 0x1_0031);
         assert_eq!(routes.lock().unwrap().0, 0);
         set(&mut io_apic, 0x1a, 0x31);
-        assert_eq!(routes.lock().unwrap().1, [(5, Message { address: 0xfee0_3000, data: 0x31 })]);
+        assert_eq!(
+            routes.lock().unwrap().1,
+            [(
+                5,
+                Message {
+                    address: 0xfee0_3000,
+                    data: 0x31
+                }
+            )]
+        );
         set(&mut io_apic, 0x1c, 0x0932);
-        let second = Message { address: 0xfee0_0004, data: 0x132 };
+        let second = Message {
+            address: 0xfee0_0004,
+            data: 0x132,
+        };
         assert_eq!(routes.lock().unwrap().1.last(), Some(&(6, second)));
         set(&mut io_apic, 0x1a, 0x1_0031);
         assert_eq!(*routes.lock().unwrap(), (3, vec![(6, second)]));
