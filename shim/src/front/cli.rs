@@ -18,7 +18,7 @@ pub const FAILURE: u8 = 125;
 
 /// Runs containers, each in a microVM of its own.
 #[derive(Debug, Parser)]
-#[command(name = "husk", version = version(), max_term_width = 100)]
+#[command(name = "husk", version = version())]
 pub struct Cli {
     /// Log what happens to stderr
     #[arg(long, global = true)]
@@ -38,6 +38,7 @@ pub enum Command {
     ///
     /// The exit code is the process's, or 128 and the number of the signal that ended it; 127 when the command is
     /// not there, 126 when it cannot be executed, 125 for any other failure.
+    #[command(verbatim_doc_comment)]
     Run(RunArgs),
     /// Tell whether this machine can run husk, and what to do if not
     ///

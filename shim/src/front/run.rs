@@ -5,12 +5,14 @@ use std::{
     os::fd::AsFd,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use husk_agent_protocol::limits::is_valid_id;
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::mpsc,
+    time::timeout,
 };
 
 use super::{
@@ -50,6 +52,12 @@ const FORWARDED: [i32; 14] = [
 
 /// Those that end a container that was not started yet.
 const ENDING: [i32; 4] = [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM];
+
+/// The exit code of a container that was killed: by SIGKILL, or with its machine.
+const KILLED: u8 = 137;
+
+/// How long the report of a machine's own end may follow the end of what ran in it.
+const REPORT_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// What the user is told, and the exit code.
 #[derive(Debug)]
@@ -132,22 +140,33 @@ pub async fn run(args: &RunArgs) -> Result<u8, Failure> {
     let ended = container
         .run(directory, bundle.spec, args.pid_file.as_deref(), &mut signals)
         .await;
-    // What the machine said of its own end, if that came before ours.
-    let crash = loop {
-        match reports.try_recv() {
-            Ok(Event::SandboxEnded { reason, console_tail }) => break Some((reason, console_tail)),
-            Ok(_) => {}
-            Err(_) => break None,
-        }
+    let crash = match ended {
+        Ok(KILLED) => crash(&mut reports).await,
+        _ => None,
     };
     sandbox.shutdown().await;
-    if let Some((reason, console_tail)) = crash {
-        return Err(Failure {
-            code: 137,
-            message: with_console(format!("the sandbox has ended: {reason}"), &console_tail),
-        });
+    match crash {
+        Some(message) => Err(Failure {
+            code: KILLED,
+            message,
+        }),
+        None => ended,
     }
-    ended
+}
+
+/// Why the machine ended by itself, if it did. It says so right after the exits of what ran in it.
+async fn crash(reports: &mut mpsc::UnboundedReceiver<Event>) -> Option<String> {
+    let report = async {
+        loop {
+            if let Event::SandboxEnded { reason, console_tail } = reports.recv().await? {
+                return Some(with_console(
+                    format!("the sandbox has ended: {reason}"),
+                    &console_tail,
+                ));
+            }
+        }
+    };
+    timeout(REPORT_TIMEOUT, report).await.ok().flatten()
 }
 
 fn not_started(id: &str, error: &StartError) -> Failure {
@@ -217,16 +236,14 @@ impl Foreground<'_> {
 
     /// Our own standard streams, as the container's.
     fn stdio(&self) -> io::Result<Stdio> {
-        let stdin = terminal::own(io::stdin().as_fd(), false)?;
-        let stdout = terminal::own(io::stdout().as_fd(), true)?;
-        let stderr = (!self.terminal)
-            .then(|| terminal::own(io::stderr().as_fd(), true))
-            .transpose()?;
+        let stdin = io::stdin().as_fd().try_clone_to_owned()?;
+        let stdout = io::stdout().as_fd().try_clone_to_owned()?;
+        let stderr = io::stderr().as_fd().try_clone_to_owned()?;
         Ok(Stdio {
             terminal: self.terminal,
             stdin: Some(stdin),
             stdout: Some(stdout),
-            stderr,
+            stderr: (!self.terminal).then_some(stderr),
         })
     }
 

@@ -1,5 +1,7 @@
 //! How large a sandbox's machine is.
 
+use husk_vmm_protocol::config::{MAX_VCPUS, MEMORY_MIB};
+
 use crate::{
     engine::{DEFAULT_MEMORY_MIB, default_vcpus},
     front::bundle::Outline,
@@ -51,8 +53,8 @@ impl Size {
         let vcpus = match (quota, period) {
             (None | Some(0), _) | (_, 0) => default_vcpus(),
             (Some(quota), period) => {
-                let host = u64::try_from(host.cpus.clamp(1, 255)).unwrap_or(1);
-                u8::try_from(quota.div_ceil(period).clamp(1, host)).unwrap_or(u8::MAX)
+                let most = u64::try_from(host.cpus).unwrap_or(1).clamp(1, MAX_VCPUS.into());
+                u8::try_from(quota.div_ceil(period).clamp(1, most)).unwrap_or(MAX_VCPUS)
             }
         };
         let limit = resources
@@ -66,7 +68,9 @@ impl Size {
                 let wanted = (limit >> 20)
                     .saturating_add(GUEST_OVERHEAD_MIB)
                     .min(host.memory_mib);
-                u32::try_from(wanted).unwrap_or(u32::MAX).max(DEFAULT_MEMORY_MIB)
+                u32::try_from(wanted)
+                    .unwrap_or(u32::MAX)
+                    .clamp(DEFAULT_MEMORY_MIB, *MEMORY_MIB.end())
             }
         };
         Self { vcpus, memory_mib }

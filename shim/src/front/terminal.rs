@@ -1,12 +1,8 @@
-//! The user's terminal: raw while a container has it, its size, and streams of our own on it.
+//! The user's terminal: raw while a container has it, and its size.
 
 use std::{
-    fs::{File, OpenOptions},
     io,
-    os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
-        unix::fs::{FileTypeExt, OpenOptionsExt},
-    },
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
 };
 
 use nix::sys::termios::{SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
@@ -52,27 +48,6 @@ pub fn size(terminal: BorrowedFd<'_>) -> Option<(u16, u16)> {
     (result == 0 && size.ws_col > 0 && size.ws_row > 0).then_some((size.ws_col, size.ws_row))
 }
 
-/// A descriptor for the same stream that is ours to make non-blocking: the flag belongs to the open file, which the
-/// shell that started us goes on using. A regular file keeps the shared offset, and has no such flag.
-///
-/// # Errors
-/// When it is closed.
-pub fn own(stream: BorrowedFd<'_>, write: bool) -> io::Result<OwnedFd> {
-    let copy = stream.try_clone_to_owned()?;
-    let file = File::from(copy);
-    let kind = file.metadata()?.file_type();
-    if !kind.is_fifo() && !kind.is_char_device() {
-        return Ok(OwnedFd::from(file));
-    }
-    let reopened = OpenOptions::new()
-        .read(!write)
-        .write(write)
-        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-        .open(format!("/proc/self/fd/{}", stream.as_raw_fd()));
-    // Another user's terminal (after su) cannot be opened again: then the shared one has to do.
-    Ok(reopened.map_or_else(|_| OwnedFd::from(file), OwnedFd::from))
-}
-
 /// The first of the standard streams that is a terminal.
 pub fn find() -> Option<OwnedFd> {
     let streams = [
@@ -87,10 +62,7 @@ pub fn find() -> Option<OwnedFd> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::{Read, Write};
-
     use nix::{
-        fcntl::{FcntlArg, OFlag, fcntl},
         pty::{Winsize, openpty},
         sys::termios::LocalFlags,
     };
@@ -117,27 +89,7 @@ mod tests {
         assert!(!echoes());
         drop(raw);
         assert!(echoes());
+        assert!(RawMode::enter(tempfile::tempfile().unwrap().as_fd()).is_err());
         assert_eq!(super::size(pty.slave.as_fd()), Some((97, 31)));
-    }
-
-    #[test]
-    fn our_streams_leave_the_shell_s_alone() {
-        let (reader, writer) = nix::unistd::pipe().unwrap();
-        let ours = own(writer.as_fd(), true).unwrap();
-        let flags = |fd: BorrowedFd<'_>| OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL).unwrap());
-        assert!(flags(ours.as_fd()).contains(OFlag::O_NONBLOCK));
-        assert!(!flags(writer.as_fd()).contains(OFlag::O_NONBLOCK));
-        File::from(ours).write_all(b"x").unwrap();
-        let mut byte = [0];
-        File::from(reader).read_exact(&mut byte).unwrap();
-
-        let mut file = tempfile::tempfile().unwrap();
-        file.write_all(b"before ").unwrap();
-        File::from(own(file.as_fd(), true).unwrap())
-            .write_all(b"after")
-            .unwrap();
-        assert_eq!(file.metadata().unwrap().len(), 12);
-        assert!(super::size(file.as_fd()).is_none());
-        assert!(RawMode::enter(file.as_fd()).is_err());
     }
 }

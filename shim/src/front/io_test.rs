@@ -1,0 +1,118 @@
+use std::io::{ErrorKind, Read, Write};
+
+use nix::{sys::stat::Mode, unistd::mkfifo};
+
+use super::*;
+
+fn fifo(dir: &tempfile::TempDir, name: &str) -> String {
+    let path = dir.path().join(name);
+    mkfifo(&path, Mode::S_IRWXU).unwrap();
+    path.to_str().unwrap().to_owned()
+}
+
+fn client(path: &str, write: bool) -> File {
+    OpenOptions::new()
+        .read(!write)
+        .write(write)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
+        .unwrap()
+}
+
+#[test]
+fn an_output_outlives_its_client_and_ends_when_the_writer_does() {
+    let dir = tempfile::tempdir().unwrap();
+    let names = Names {
+        stdout: fifo(&dir, "out"),
+        ..Names::default()
+    };
+    let (stdio, mut held) = open(&names).unwrap();
+    assert!(stdio.stdin.is_none() && stdio.stderr.is_none());
+    let mut writer = File::from(stdio.stdout.unwrap());
+    // No client yet, and after one has gone: no SIGPIPE, no EPIPE.
+    writer.write_all(b"one").unwrap();
+    drop(client(&names.stdout, false));
+    writer.write_all(b" two").unwrap();
+    let mut reader = client(&names.stdout, false);
+    drop(writer);
+    held.close();
+    let mut text = String::new();
+    reader.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "one two");
+}
+
+#[test]
+fn an_input_ends_when_it_is_closed_and_not_when_its_client_goes() {
+    let dir = tempfile::tempdir().unwrap();
+    let names = Names {
+        stdin: fifo(&dir, "in"),
+        ..Names::default()
+    };
+    let (stdio, mut held) = open(&names).unwrap();
+    let mut reader = File::from(stdio.stdin.unwrap());
+    let mut buffer = [0; 16];
+    assert_eq!(
+        reader.read(&mut buffer).unwrap_err().kind(),
+        ErrorKind::WouldBlock
+    );
+    let mut first = client(&names.stdin, true);
+    first.write_all(b"ab").unwrap();
+    drop(first);
+    assert_eq!(reader.read(&mut buffer).unwrap(), 2);
+    assert_eq!(
+        reader.read(&mut buffer).unwrap_err().kind(),
+        ErrorKind::WouldBlock
+    );
+    let mut second = client(&names.stdin, true);
+    held.close_stdin();
+    second.write_all(b"c").unwrap();
+    assert_eq!(reader.read(&mut buffer).unwrap(), 1);
+    drop(second);
+    assert_eq!(reader.read(&mut buffer).unwrap(), 0);
+}
+
+#[test]
+fn a_file_is_made_with_its_directories_and_appended_to() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a/b/log");
+    let uri = format!("file://{}", path.display());
+    let names = Names {
+        stdout: uri.clone(),
+        stderr: uri,
+        ..Names::default()
+    };
+    let (stdio, _held) = open(&names).unwrap();
+    File::from(stdio.stdout.unwrap()).write_all(b"out").unwrap();
+    File::from(stdio.stderr.unwrap()).write_all(b"err").unwrap();
+    assert_eq!(std::fs::read_to_string(path).unwrap(), "outerr");
+}
+
+#[test]
+fn a_terminal_has_no_stderr() {
+    let dir = tempfile::tempdir().unwrap();
+    let names = Names {
+        terminal: true,
+        stdin: fifo(&dir, "in"),
+        stdout: fifo(&dir, "out"),
+        stderr: "/nonexistent".into(),
+    };
+    let (stdio, _held) = open(&names).unwrap();
+    assert!(stdio.terminal && stdio.stderr.is_none());
+}
+
+#[test]
+fn other_names_are_refused_with_what_to_do() {
+    let refused = |stdout: &str| {
+        let names = Names {
+            stdout: stdout.into(),
+            ..Names::default()
+        };
+        open(&names).unwrap_err().to_string()
+    };
+    assert_eq!(
+        refused("binary:///bin/logger?x=y"),
+        "binary:// as a container's output is not supported; use a FIFO or file://"
+    );
+    assert!(refused("relative").contains("absolute path"));
+    assert!(refused("/nonexistent/fifo").starts_with("cannot open /nonexistent/fifo"));
+}

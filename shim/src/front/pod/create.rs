@@ -1,0 +1,281 @@
+//! Making containers and adding execs.
+
+use std::{collections::HashMap, path::PathBuf, sync::Arc};
+
+use containerd_shim_protos::{
+    api::Mount as AnnouncedMount,
+    events::task::{TaskCreate, TaskExecAdded, TaskIO},
+    topics::{TASK_CREATE_EVENT_TOPIC, TASK_EXEC_ADDED_EVENT_TOPIC},
+};
+use husk_agent_protocol::limits::is_valid_id;
+use protobuf::MessageField;
+use tokio::sync::watch;
+use ttrpc::Code;
+
+use super::{Exec, Pod, Slot, Task};
+use crate::{
+    engine::{CreateContainer, Programs, Sandbox, SandboxConfig, StartError},
+    front::{
+        bundle::Bundle,
+        io::{self, Names},
+        sizing::{Host, Size},
+        start::write_atomically,
+        status::{self, answer},
+    },
+    host::rootfs::Mount,
+};
+
+/// A container to create, in containerd's words.
+#[derive(Debug)]
+pub struct TaskConfig {
+    /// Its id.
+    pub id: String,
+    /// Its bundle.
+    pub bundle: String,
+    /// Its streams.
+    pub names: Names,
+    /// What to mount on its root.
+    pub rootfs: Vec<Mount>,
+    /// The same, as it is announced.
+    pub announced_rootfs: Vec<AnnouncedMount>,
+}
+
+impl Pod {
+    /// Creates a container and, with the first one, the sandbox. Returns its pid.
+    ///
+    /// # Errors
+    /// Then nothing of it is left, nor of the sandbox if it has no other.
+    pub async fn create(&self, config: TaskConfig) -> ttrpc::Result<u32> {
+        if !is_valid_id(&config.id) {
+            return Err(answer(
+                Code::INVALID_ARGUMENT,
+                format!("container id {:?} is not valid", config.id),
+            ));
+        }
+        {
+            let mut state = self.lock();
+            if state.closing {
+                return Err(answer(Code::UNAVAILABLE, "the sandbox is being shut down"));
+            }
+            if state.tasks.contains_key(&config.id) || !state.creating.insert(config.id.clone()) {
+                return Err(answer(
+                    Code::ALREADY_EXISTS,
+                    format!("container {} already exists", config.id),
+                ));
+            }
+            state.order.creating(&config.id);
+        }
+        let id = config.id.clone();
+        let result = self.create_reserved(config).await;
+        if result.is_err() {
+            let abandoned = {
+                let mut state = self.lock();
+                state.creating.remove(&id);
+                state.order.forget(&id, None);
+                state.is_empty().then(|| state.sandbox.take()).flatten()
+            };
+            if let Some(sandbox) = abandoned {
+                sandbox.shutdown().await;
+            }
+        }
+        result
+    }
+
+    async fn create_reserved(&self, config: TaskConfig) -> ttrpc::Result<u32> {
+        let directory = PathBuf::from(&config.bundle);
+        let bundle = Bundle::read(&directory).map_err(|error| status::bundle(&error))?;
+        let process = bundle
+            .process(&directory)
+            .map_err(|error| status::bundle(&error))?;
+        if process.terminal != config.names.terminal {
+            let text = "config.json and the request do not agree on whether the process has a terminal";
+            return Err(answer(Code::INVALID_ARGUMENT, text));
+        }
+        let (stdio, held) = io::open(&config.names).map_err(|error| status::io(&error))?;
+        let sandbox = self.sandbox(&bundle).await?;
+        let request = CreateContainer {
+            id: config.id.clone(),
+            bundle: directory.clone(),
+            spec: bundle.spec,
+            rootfs: config.rootfs,
+            stdio,
+        };
+        sandbox
+            .create(request)
+            .await
+            .map_err(|error| status::engine(&error))?;
+        let pid = sandbox.pid();
+        // For `delete`, should this process be gone by then.
+        if let Err(error) = write_atomically(&directory.join("init.pid"), pid.to_string().as_bytes()) {
+            tracing::warn!(%error, "the bundle's init.pid is not written");
+        }
+        let event = TaskCreate {
+            container_id: config.id.clone(),
+            bundle: config.bundle.clone(),
+            rootfs: config.announced_rootfs,
+            io: MessageField::some(TaskIO {
+                stdin: config.names.stdin.clone(),
+                stdout: config.names.stdout.clone(),
+                stderr: config.names.stderr.clone(),
+                terminal: config.names.terminal,
+                ..TaskIO::default()
+            }),
+            pid,
+            ..TaskCreate::default()
+        };
+        let task = Task {
+            pid,
+            bundle: config.bundle,
+            names: config.names,
+            held,
+            execs: HashMap::new(),
+        };
+        let mut state = self.lock();
+        state.creating.remove(&config.id);
+        state.tasks.insert(config.id.clone(), task);
+        self.publisher.publish(TASK_CREATE_EVENT_TOPIC, &event);
+        let announcements = state.order.created(&config.id);
+        self.announce(&mut state, announcements);
+        Ok(pid)
+    }
+
+    /// The sandbox, started if need be for the container in `bundle`.
+    async fn sandbox(&self, bundle: &Bundle) -> ttrpc::Result<Arc<Sandbox>> {
+        loop {
+            let (over, mut under_way) = {
+                let mut state = self.lock();
+                match &state.sandbox {
+                    Slot::Running(sandbox) => return Ok(sandbox.clone()),
+                    Slot::Starting(under_way) => (None, under_way.clone()),
+                    Slot::Empty => {
+                        let (over, under_way) = watch::channel(());
+                        state.sandbox = Slot::Starting(under_way.clone());
+                        (Some(over), under_way)
+                    }
+                }
+            };
+            let Some(over) = over else {
+                // It fails when the sender is dropped, which is what it waits for.
+                let _ = under_way.changed().await;
+                continue;
+            };
+            let started = self.start_sandbox(bundle).await;
+            self.lock().sandbox = match &started {
+                Ok(sandbox) => Slot::Running(sandbox.clone()),
+                Err(_) => Slot::Empty,
+            };
+            drop(over);
+            return started.map_err(|error| status::start(&error));
+        }
+    }
+
+    async fn start_sandbox(&self, bundle: &Bundle) -> Result<Arc<Sandbox>, StartError> {
+        let size = Size::for_container(&bundle.outline, Host::this());
+        let config = SandboxConfig {
+            namespace: self.namespace.clone(),
+            id: self.id.clone(),
+            programs: Programs::locate()?,
+            vcpus: size.vcpus,
+            memory_mib: size.memory_mib,
+            hostname: bundle.outline.hostname.clone().unwrap_or_default(),
+            kernel_params: String::new(),
+        };
+        let started = Sandbox::start(config, self.events.clone()).await;
+        if let Err(StartError::Guest { console_tail, .. }) = &started {
+            tracing::error!(console = console_tail, "the guest did not start");
+        }
+        started
+    }
+
+    /// Adds an exec: `spec` is an OCI `process` object in JSON.
+    ///
+    /// # Errors
+    /// `ALREADY_EXISTS`, and what is wrong with the request.
+    pub async fn exec(&self, id: &str, exec: &str, names: Names, spec: Vec<u8>) -> ttrpc::Result<()> {
+        if !is_valid_id(exec) {
+            return Err(answer(
+                Code::INVALID_ARGUMENT,
+                format!("exec id {exec:?} is not valid"),
+            ));
+        }
+        let spec = with_terminal(spec, names.terminal)?;
+        let sandbox = {
+            let state = self.lock();
+            let (sandbox, _) = state.find(id, None)?;
+            if state
+                .tasks
+                .get(id)
+                .is_some_and(|task| task.execs.contains_key(exec))
+            {
+                return Err(answer(
+                    Code::ALREADY_EXISTS,
+                    format!("exec {exec} already exists"),
+                ));
+            }
+            sandbox
+        };
+        let (stdio, held) = io::open(&names).map_err(|error| status::io(&error))?;
+        sandbox
+            .add_exec(id, exec, spec, stdio)
+            .await
+            .map_err(|error| status::engine(&error))?;
+        let mut state = self.lock();
+        if let Some(task) = state.tasks.get_mut(id) {
+            let added = Exec {
+                names,
+                held,
+                started: false,
+            };
+            task.execs.insert(exec.to_owned(), added);
+            state.order.added(id, exec);
+            let event = TaskExecAdded {
+                container_id: id.to_owned(),
+                exec_id: exec.to_owned(),
+                ..TaskExecAdded::default()
+            };
+            self.publisher.publish(TASK_EXEC_ADDED_EVENT_TOPIC, &event);
+        }
+        Ok(())
+    }
+}
+
+/// A process object whose `terminal` is what the request says: clients set either or both.
+fn with_terminal(spec: Vec<u8>, terminal: bool) -> ttrpc::Result<Vec<u8>> {
+    let malformed = |why: &dyn std::fmt::Display| {
+        answer(
+            Code::INVALID_ARGUMENT,
+            format!("the exec's process is not valid: {why}"),
+        )
+    };
+    let mut process: serde_json::Map<String, serde_json::Value> =
+        serde_json::from_slice(&spec).map_err(|error| malformed(&error))?;
+    let said = match process.get("terminal") {
+        None | Some(serde_json::Value::Null) => false,
+        Some(serde_json::Value::Bool(said)) => *said,
+        Some(_) => return Err(malformed(&"terminal is not a boolean")),
+    };
+    if said == terminal {
+        return Ok(spec);
+    }
+    process.insert("terminal".to_owned(), terminal.into());
+    serde_json::to_vec(&process).map_err(|error| malformed(&error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_exec_has_a_terminal_when_the_request_says_so() {
+        let spec = br#"{"args":["sh"],"x":{"y":1.50}}"#.to_vec();
+        assert_eq!(with_terminal(spec.clone(), false).unwrap(), spec);
+        let with: serde_json::Value = serde_json::from_slice(&with_terminal(spec, true).unwrap()).unwrap();
+        assert_eq!(
+            with,
+            serde_json::json!({ "args": ["sh"], "x": { "y": 1.5 }, "terminal": true })
+        );
+        for bad in ["", "[]", r#"{"terminal":1}"#] {
+            with_terminal(bad.as_bytes().to_vec(), true).unwrap_err();
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! Starting processes and deleting what has ended.
+
+use std::time::Duration;
+
+use containerd_shim_protos::{events::task::TaskDelete, topics::TASK_DELETE_EVENT_TOPIC};
+use protobuf::MessageField;
+use tokio::time::timeout;
+use ttrpc::Code;
+
+use super::{ANNOUNCE_TIMEOUT, Pod, name};
+use crate::{
+    engine::{Exit, ProcessStatus},
+    front::{
+        publish::timestamp,
+        status::{self, answer},
+    },
+};
+
+/// How long a delete waits for the rest of a process's output.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+
+impl Pod {
+    /// Starts a container's init process or an added exec. Returns its pid.
+    ///
+    /// # Errors
+    /// `FAILED_PRECONDITION` unless it is created.
+    pub async fn start(&self, id: &str, exec: Option<&str>) -> ttrpc::Result<u32> {
+        let (sandbox, pid) = {
+            let mut state = self.lock();
+            let (sandbox, pid) = state.find(id, exec)?;
+            if exec.is_some() && state.order.is_over(id, None) {
+                let text = format!("the init process of container {id} is not running");
+                return Err(answer(Code::FAILED_PRECONDITION, text));
+            }
+            if !state.order.starting(id, exec) {
+                let text = format!("{} was started before", name(id, exec));
+                return Err(answer(Code::FAILED_PRECONDITION, text));
+            }
+            (sandbox, pid)
+        };
+        let started = match exec {
+            None => sandbox.start_container(id).await,
+            Some(exec) => sandbox.start_exec(id, exec).await,
+        };
+        let mut state = self.lock();
+        if let (Ok(()), Some(exec)) = (&started, exec) {
+            if let Some(exec) = state.tasks.get_mut(id).and_then(|task| task.execs.get_mut(exec)) {
+                exec.started = true;
+            }
+        }
+        let mut announcements = match &started {
+            Ok(()) => state.order.started(id, exec),
+            Err(_) => state.order.start_failed(id, exec),
+        };
+        if exec.is_none() {
+            // A container whose command could not be executed has ended by that, and nobody else tells.
+            if let (Err(_), Ok(ProcessStatus::Stopped { status, at })) = (&started, sandbox.status(id, None))
+            {
+                announcements.extend(state.order.exited(id, None, Exit { status, at }));
+            }
+        }
+        self.announce(&mut state, announcements);
+        started.map(|()| pid).map_err(|error| status::engine(&error))
+    }
+
+    /// Deletes a container that does not run, or an exec that does not. Returns its pid and how it ended.
+    ///
+    /// # Errors
+    /// `FAILED_PRECONDITION` while it runs; `NOT_FOUND`.
+    pub async fn delete(&self, id: &str, exec: Option<&str>) -> ttrpc::Result<(u32, Exit)> {
+        let (sandbox, pid) = self.lock().find(id, exec)?;
+        if let Ok(ProcessStatus::Stopped { .. }) = sandbox.status(id, exec) {
+            if timeout(DRAIN_TIMEOUT, sandbox.drained(id, exec)).await.is_err() {
+                tracing::warn!("{}: the rest of its output is given up", name(id, exec));
+            }
+            self.announced(id, exec).await;
+        }
+        let deleted = match exec {
+            None => sandbox.delete_container(id).await,
+            Some(exec) => sandbox.delete_exec(id, exec).await,
+        };
+        let exit = deleted.map_err(|error| status::engine(&error))?;
+        let mut state = self.lock();
+        match exec {
+            Some(name) => {
+                if let Some(task) = state.tasks.get_mut(id) {
+                    task.execs.remove(name);
+                }
+                let announcements = state.order.forget(id, exec);
+                self.announce(&mut state, announcements);
+            }
+            None => {
+                // One that was never started ends by being deleted.
+                let announcements = state.order.exited(id, None, exit);
+                self.announce(&mut state, announcements);
+                state.order.forget(id, None);
+                state.tasks.remove(id);
+                let event = TaskDelete {
+                    container_id: id.to_owned(),
+                    pid,
+                    exit_status: exit.status,
+                    exited_at: MessageField::some(timestamp(exit.at)),
+                    ..TaskDelete::default()
+                };
+                self.publisher.publish(TASK_DELETE_EVENT_TOPIC, &event);
+            }
+        }
+        Ok((pid, exit))
+    }
+
+    /// Waits until the exit of a process that has stopped has been announced.
+    async fn announced(&self, id: &str, exec: Option<&str>) {
+        let mut handled = self.handled.subscribe();
+        let announced = handled.wait_for(|_| self.lock().order.is_over(id, exec));
+        if timeout(ANNOUNCE_TIMEOUT, announced).await.is_err() {
+            tracing::warn!("{}: its exit was not announced in time", name(id, exec));
+        }
+    }
+}
