@@ -62,6 +62,19 @@ const FSMOUNT_CLOEXEC: libc::c_uint = 1;
 const FSOPEN_CLOEXEC: libc::c_uint = 1;
 const MOVE_MOUNT_F_EMPTY_PATH: libc::c_uint = 4;
 
+const MOUNT_ATTR_NOSUID: u64 = 2;
+const MOUNT_ATTR_NODEV: u64 = 4;
+const MOUNT_ATTR_NOEXEC: u64 = 8;
+
+/// `struct mount_attr` of linux/mount.h.
+#[repr(C)]
+struct MountAttributes {
+    set: u64,
+    clear: u64,
+    propagation: u64,
+    user_namespace: u64,
+}
+
 /// Checks that the share's descriptor is a directory and the channel's a packet socket.
 ///
 /// # Errors
@@ -222,6 +235,28 @@ fn take_share_as_root() -> Result<OwnedFd, Errno> {
     // SAFETY: the path is NUL-terminated and lives through the call.
     let tree =
         descriptor(unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, c".".as_ptr(), flags) })?;
+    // The server makes device nodes for the guest. Were it subverted, it could not open one. (A mount that the host
+    // makes later brings its own flags along: the host is to mount with nodev too.)
+    let attributes = MountAttributes {
+        set: MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC,
+        clear: 0,
+        propagation: 0,
+        user_namespace: 0,
+    };
+    // SAFETY: the path is NUL-terminated, `attributes` has the size given; both live through the call.
+    let restricted = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH | libc::AT_RECURSIVE,
+            &raw const attributes,
+            size_of::<MountAttributes>(),
+        )
+    };
+    if restricted < 0 {
+        return Err(Errno::last());
+    }
     // SAFETY: the paths are NUL-terminated and live through the call.
     let moved = unsafe {
         libc::syscall(

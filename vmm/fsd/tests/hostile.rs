@@ -348,6 +348,28 @@ fn other_mounts_are_told_to_be_so() {
 }
 
 #[test]
+fn the_guest_keeps_its_cache_while_the_file_is_as_it_was() {
+    const KEEP_CACHE: u32 = 2;
+    let mut c = Client::new();
+    c.init();
+    let f = c.server.share().join("f");
+    fs::write(&f, "one").unwrap();
+    let node = c.look_up(ROOT, c"f").u64(0);
+    let mut open = || c.ask(OPEN, node, &Args::new().u32(0).u32(0)).u32(8) & KEEP_CACHE != 0;
+    assert!(!open());
+    // Just written: another change could leave no mark.
+    assert!(!open());
+    let settle = || std::thread::sleep(std::time::Duration::from_millis(150));
+    settle();
+    assert!(!open());
+    assert!(open());
+    fs::write(&f, "two").unwrap();
+    settle();
+    assert!(!open());
+    assert!(open());
+}
+
+#[test]
 fn when_descriptors_run_out_the_server_says_so_and_recovers() {
     let mut c = Client::before(Server::start_limited(Some(64)));
     c.init();
@@ -407,6 +429,10 @@ fn the_server_has_given_up_what_it_does_not_need() {
     }
     let mounts = fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap();
     assert_eq!(mounts.lines().count(), 1, "{mounts}");
+    assert!(
+        mounts.contains(" nosuid,nodev,noexec") || mounts.contains(",nosuid,nodev,noexec"),
+        "{mounts}"
+    );
     let mut kinds: Vec<_> = fs::read_dir(format!("/proc/{pid}/fd"))
         .unwrap()
         .map(|e| fs::read_link(e.unwrap().path()).unwrap().display().to_string())

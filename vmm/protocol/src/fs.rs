@@ -5,10 +5,12 @@
 //! by the FUSE reply (`fuse_out_header` and its body; at most [`MAX_REPLY_LEN`] in all). Requests may be answered
 //! in any order; requests that have no answer in FUSE (FORGET, BATCH_FORGET, INTERRUPT) have none here.
 //!
-//! File contents do not travel here. When a reply to FUSE_OPEN or FUSE_CREATE has a descriptor attached
-//! (`SCM_RIGHTS`, one), it is the opened file behind the reply's `fh`: the VMM then answers the guest's FUSE_READ
-//! and FUSE_WRITE of that handle itself, between the file and guest memory, until it sees FUSE_RELEASE (which it
-//! also passes on). READ and WRITE never reach the server. All integers are little-endian (x86_64).
+//! File contents do not travel here. A reply to FUSE_OPEN, FUSE_CREATE or FUSE_TMPFILE that is no error has a
+//! descriptor attached (`SCM_RIGHTS`, one): the opened regular file behind the reply's `fh`. The VMM then answers
+//! the guest's FUSE_READ and FUSE_WRITE of that handle itself, between the file and guest memory, until it sees
+//! FUSE_RELEASE (which it also passes on). READ and WRITE never reach the server. If the VMM cannot keep the file,
+//! it sends a FUSE_RELEASE (and for a file just looked up a FUSE_FORGET) of its own. All integers are little-endian
+//! (x86_64).
 
 /// Largest request packet in bytes: a SETXATTR of 64 KiB and two names, with room to spare.
 pub const MAX_REQUEST_LEN: usize = 80 * 1024;

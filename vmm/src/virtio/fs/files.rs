@@ -7,6 +7,25 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 /// Descriptors left to the rest of the VMM.
 const RESERVED: u64 = 256;
 
+/// Readies the process for the guest's files: as many descriptors as it may have (each file that the guest opens
+/// takes one), and no signal for a write beyond the largest size that RLIMIT_FSIZE allows, which would end the VMM
+/// instead of being the guest's error.
+pub fn ready_process() {
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: `limit` lives through the calls; a signal that is ignored has no handler. Where one of them fails, the
+    // guest has to make do with fewer files.
+    unsafe {
+        if libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) == 0 {
+            limit.rlim_cur = limit.rlim_max;
+            libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit);
+        }
+        libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
+    }
+}
+
 /// Why a file cannot be kept.
 #[derive(Debug, thiserror::Error)]
 pub enum FileError {

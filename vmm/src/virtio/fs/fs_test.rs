@@ -20,6 +20,9 @@ const AREA: u64 = 0x200000;
 const SIZE: usize = 0x2000000;
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// Makes a reply that is none.
+type Forge<'a> = &'a dyn Fn(&Asked) -> Vec<u8>;
+
 /// The server's end of the channel.
 struct Server(OwnedFd);
 
@@ -494,7 +497,7 @@ fn replies_that_are_none_become_errors() {
     let (mut device, mut guest, server) = start();
     let file = tempfile::tempfile().unwrap();
     let get = |asked: &Asked| asked.reply(&[0; 8]);
-    let bad: [(u32, &dyn Fn(&Asked) -> Vec<u8>); 7] = [
+    let bad: [(u32, Forge<'_>); 7] = [
         (GETATTR, &|_| vec![]),
         (GETATTR, &|a| get(a)[..23].to_vec()),
         (GETATTR, &|a| [get(a), vec![0]].concat()),

@@ -58,8 +58,9 @@ pub struct Fs {
 
 impl Fs {
     /// A device that the guest mounts as `tag` (what is beyond [`MAX_TAG_LEN`] bytes is cut off), served at the other
-    /// end of `channel`.
+    /// end of `channel`. Readies the process for the guest's files (see [`files::ready_process`]).
     pub fn new(tag: &str, channel: OwnedFd) -> Self {
+        files::ready_process();
         let mut config = [0; MAX_TAG_LEN + 4];
         let (name, queues) = config.split_at_mut(MAX_TAG_LEN);
         for (to, from) in name.iter_mut().zip(tag.bytes()) {
