@@ -84,9 +84,12 @@ cached() {
             mkdir "$tmp"
             local start=$SECONDS
             say "making $name (once; kept in $host_cache)"
-            # In a shell of its own, where errexit holds: as a condition it would be off.
-            ( set -e; "$1" "$tmp" "${@:2}" ) {lock}>&- &
-            wait $! || { rm -rf --one-file-system "$tmp"; die "making $name failed"; }
+            # Not as a condition, where errexit would be off.
+            set +e
+            ( set -e; "$1" "$tmp" "${@:2}" ) {lock}>&-
+            local status=$?
+            set -e
+            [ $status = 0 ] || { rm -rf --one-file-system "$tmp"; die "making $name failed"; }
             mv -T "$tmp" "$entry"
             say "made $name in $((SECONDS - start)) s"
             # Its forerunners that nobody used for a week are not needed again.
