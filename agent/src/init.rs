@@ -73,7 +73,7 @@ const MOUNTS: &[Mount] = &[
 /// Settings of the kernel: (below /proc/sys, value).
 const SETTINGS: &[(&str, &str)] = &[
     // The agent bounds its own log; the kernel's bound is too low to tell what went wrong.
-    ("kernel/printk_devkmsg", "on"),
+    ("kernel/printk_devkmsg", "on\n"),
     ("kernel/pid_max", "4194304"),
 ];
 
@@ -90,6 +90,34 @@ fn failed(what: impl fmt::Display) -> impl FnOnce(io::Error) -> InitError {
         what: what.to_string(),
         error,
     }
+}
+
+/// What Rust's runtime does before main, but without a need for `/dev/null`: descriptors 0, 1 and 2 are taken, so that
+/// no file of ours gets one of their numbers, and a closed peer is an error rather than a signal.
+pub fn prepare_process() {
+    for number in 0..=2 {
+        // SAFETY: integers and a C string. A descriptor that is closed is opened, with the lowest free number,
+        // which is its own since those below are open.
+        unsafe {
+            if libc::fcntl(number, libc::F_GETFD) < 0 {
+                libc::open(c"/".as_ptr(), libc::O_RDONLY);
+            }
+        }
+    }
+    // SAFETY: no handler is installed.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+}
+
+/// Lets go of the console that the kernel may have opened: the log is what reaches it.
+fn null_stdio() -> io::Result<()> {
+    let null = fs::OpenOptions::new().read(true).write(true).open("/dev/null")?;
+    for number in 0..=2 {
+        // SAFETY: integers only. Nobody owns 0, 1 and 2 in this process as Rust values.
+        if unsafe { libc::dup2(null.as_raw_fd(), number) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
 }
 
 /// Runs as PID 1 until the machine is reset.
@@ -135,11 +163,14 @@ fn prepare_machine() -> Result<Config, InitError> {
         let mounted = mount(Some(*source), *target, Some(*kind), *flags, Some(*data));
         mounted.map_err(|error| failed(format_args!("mount {target}"))(error.into()))?;
         if *target == "/dev" {
+            null_stdio().map_err(failed("open /dev/null"))?;
             log::to_kernel().map_err(failed("open /dev/kmsg"))?;
         }
     }
     for (name, value) in SETTINGS {
-        fs::write(Path::new("/proc/sys").join(name), value).map_err(failed(format_args!("set {name}")))?;
+        if let Err(error) = fs::write(Path::new("/proc/sys").join(name), value) {
+            log::warning!("set {name}: {error}");
+        }
     }
     sys::set_rlimit(libc::RLIMIT_NOFILE, MAX_FILES, MAX_FILES).map_err(failed("RLIMIT_NOFILE"))?;
     loopback_up().map_err(failed("bring up lo"))?;

@@ -26,5 +26,5 @@ mod stdio;
 mod sys;
 
 pub use dial::Dial;
-pub use init::{run_machine, run_outside};
+pub use init::{prepare_process, run_machine, run_outside};
 pub use sandbox::Config;
