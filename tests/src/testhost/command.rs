@@ -348,3 +348,7 @@ fn pump(
         }
     }
 }
+
+#[cfg(test)]
+#[path = "command_test.rs"]
+mod tests;
