@@ -14,6 +14,10 @@ use tokio::{
     sync::Notify,
 };
 
+/// How long the kernel waits for the host's answer to a connection, in seconds. Its own two are too few where the whole
+/// machine is emulated.
+const ANSWER: libc::time_t = 30;
+
 /// Context id of the host on vsock.
 const HOST_CID: u32 = 2;
 
@@ -48,6 +52,7 @@ impl Dial {
                 }
                 // SAFETY: socket(2) has just made this descriptor for us.
                 let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+                set_answer_timeout(&socket)?;
                 // SAFETY: all-zero is a valid sockaddr_vm.
                 let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
                 address.svm_family = libc::AF_VSOCK as libc::sa_family_t;
@@ -78,6 +83,30 @@ impl Dial {
                 Stream::new(stream.into())
             }
         }
+    }
+}
+
+fn set_answer_timeout(socket: &OwnedFd) -> io::Result<()> {
+    /// Of linux/vm_sockets.h; its argument is a timeval.
+    const SO_VM_SOCKETS_CONNECT_TIMEOUT: libc::c_int = 6;
+    let timeout = libc::timeval {
+        tv_sec: ANSWER,
+        tv_usec: 0,
+    };
+    // SAFETY: the option reads one timeval of the size given.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::AF_VSOCK,
+            SO_VM_SOCKETS_CONNECT_TIMEOUT,
+            (&raw const timeout).cast(),
+            size_of::<libc::timeval>() as libc::socklen_t,
+        )
+    };
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
     }
 }
 

@@ -394,6 +394,17 @@ impl Host {
             .map_err(code)
     }
 
+    /// Lets containers have limits by `controllers`. `false`: this machine's cgroup v2 does not have them (they may be
+    /// with version 1).
+    pub fn enable_controllers(&self, controllers: &[&str]) -> bool {
+        let parent = self.cgroups.parent().unwrap();
+        controllers.iter().all(|controller| {
+            [parent, &self.cgroups]
+                .iter()
+                .all(|path| fs::write(path.join("cgroup.subtree_control"), format!("+{controller}")).is_ok())
+        })
+    }
+
     /// The next exit, whoever's: (container, exec, status).
     pub async fn next_exit(&self) -> (String, String, u32) {
         match self.next_event().await {
