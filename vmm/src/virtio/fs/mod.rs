@@ -10,6 +10,7 @@
 pub mod channel;
 pub mod data;
 pub mod files;
+mod replies;
 pub mod wire;
 pub mod worker;
 

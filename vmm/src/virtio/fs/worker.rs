@@ -1,21 +1,21 @@
-//! The device's thread: requests from the queues to their files or to the server, and the server's replies back.
+//! The device's thread, the guest's half of it: requests from the queues to their files or to the server. The
+//! server's half is in [`super::replies`].
 
-use super::channel::{Channel, REPLY_BUFFER_LEN, Receive, Received, Request};
+use super::channel::{Channel, REPLY_BUFFER_LEN, Request};
 use super::data;
 use super::files::Files;
 use super::wire::{
-    DATA_ARGS_LEN, DataArgs, IN_HEADER_LEN, InHeader, OUT_HEADER_LEN, Opened, Reply, op, out_header,
-    released_handle,
+    DATA_ARGS_LEN, DataArgs, IN_HEADER_LEN, InHeader, OUT_HEADER_LEN, op, out_header, released_handle,
 };
 use crate::memory::Memory;
 use crate::virtio::buffers::{Buffers, split};
 use crate::virtio::device::{ActiveQueue, Interrupt};
+use crate::warning;
 use crate::worker::{Handler, Poll, READABLE, WRITABLE, WorkerError};
-use crate::{error, warning};
-use husk_vmm_protocol::fs::{HEADER_LEN, MAX_REPLY_LEN, MAX_REQUEST_LEN, ReplyHeader, RequestHeader};
+use husk_vmm_protocol::fs::{HEADER_LEN, MAX_REPLY_LEN, MAX_REQUEST_LEN, RequestHeader};
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
 
@@ -23,46 +23,46 @@ use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
 const CHANNEL: u32 = 2;
 
 /// Most chains taken, or replies handed on, before the worker looks at its other descriptors.
-const PER_PASS: u32 = 256;
+pub(super) const PER_PASS: u32 = 256;
 
 /// Most requests under way at the server. More than the queues hold cannot come from a driver that keeps the rules.
 const MAX_OUTSTANDING: usize = 2048;
 
 /// What the guest is told when the server is gone, as by the kernel of a FUSE file system without its server.
-const GONE: i32 = libc::ENOTCONN;
+pub(super) const GONE: i32 = libc::ENOTCONN;
 
-type Chain = DescriptorChain<Arc<Memory>>;
+pub(super) type Chain = DescriptorChain<Arc<Memory>>;
 
 /// A request that the server has.
 #[derive(Debug)]
-struct Outstanding {
-    queue: usize,
-    chain: Chain,
-    header: InHeader,
+pub(super) struct Outstanding {
+    pub(super) queue: usize,
+    pub(super) chain: Chain,
+    pub(super) header: InHeader,
 }
 
 /// What runs on the thread.
 #[derive(Debug)]
 pub struct FsWorker {
-    memory: Arc<Memory>,
+    pub(super) memory: Arc<Memory>,
     queues: [ActiveQueue; 2],
     used: [bool; 2],
     interrupt: Interrupt,
-    channel: Channel,
+    pub(super) channel: Channel,
     /// The server's end is open.
-    alive: bool,
-    outstanding: HashMap<u32, Outstanding>,
-    files: Files,
+    pub(super) alive: bool,
+    pub(super) outstanding: HashMap<u32, Outstanding>,
+    pub(super) files: Files,
     /// The packet being made, and how much of it waits for room in the channel.
     packet: Vec<u8>,
-    waiting: Option<usize>,
+    pub(super) waiting: Option<usize>,
     /// What is to be taken back at the server, as soon as there is room. At most two for each reply.
-    owed: VecDeque<Request>,
-    reply: Vec<u8>,
+    pub(super) owed: VecDeque<Request>,
+    pub(super) reply: Vec<u8>,
 }
 
 /// What became of a request.
-enum Outcome {
+pub(super) enum Outcome {
     /// It was answered: this many bytes were written for the guest.
     Done(usize),
     /// The server has it.
@@ -266,7 +266,7 @@ impl FsWorker {
     }
 
     /// Sends what waits, as far as there is room.
-    fn flush(&mut self) {
+    pub(super) fn flush(&mut self) {
         while self.alive {
             let sent = if self.waiting.is_some() {
                 self.channel.send(&self.packet)
@@ -288,138 +288,12 @@ impl FsWorker {
         }
     }
 
-    /// Hands replies on.
-    fn serve_replies(&mut self) -> Result<(), WorkerError> {
-        for _ in 0..PER_PASS {
-            let mut reply = std::mem::take(&mut self.reply);
-            let received = self.channel.receive(&mut reply);
-            let result = match received {
-                Ok(Receive::Packet(received)) => self.hand_on(&reply, received).map(|()| true),
-                Ok(Receive::Empty) => Ok(false),
-                Ok(Receive::End) => {
-                    self.lose_server(None);
-                    Ok(false)
-                }
-                Err(e) => {
-                    self.lose_server(Some(&e));
-                    Ok(false)
-                }
-            };
-            self.reply = reply;
-            if !result? {
-                break;
-            }
-        }
-        Ok(())
-    }
-
-    fn hand_on(&mut self, packet: &[u8], received: Received) -> Result<(), WorkerError> {
-        let Received { len, file } = received;
-        let Some((ReplyHeader { tag }, _)) =
-            ReplyHeader::decode(packet.get(..len.min(packet.len())).unwrap_or_default())
-        else {
-            warning!("fs: the server sent a packet that is too short");
-            return Ok(());
-        };
-        let Some(Outstanding { queue, chain, header }) = self.outstanding.remove(&tag) else {
-            // It came too late: the driver was reset meanwhile. Or it is about what the VMM itself asked for.
-            return Ok(());
-        };
-        let reply = packet
-            .get(HEADER_LEN..len)
-            .and_then(|body| Some((body, Reply::read(body, &header)?)));
-        let memory = self.memory.clone();
-        let head = chain.head_index();
-        // The chain was good before; if the driver has changed it since, that is its own loss.
-        let Ok((_, mut writable)) = split(chain, &memory) else {
-            return self.give_back(queue, head, 0);
-        };
-        let error = match reply {
-            None => {
-                warning!(
-                    "fs: the server's reply to a request of kind {} is not one",
-                    header.opcode
-                );
-                libc::EIO
-            }
-            Some((body, Reply { error: 0, opened })) => {
-                let kept = match opened {
-                    Some(opened) => self.keep(opened, file),
-                    None => Ok(()),
-                };
-                match kept {
-                    Ok(()) if body.len() <= writable.len() => {
-                        let len = writable.write(body);
-                        return self.give_back(queue, head, len);
-                    }
-                    Ok(()) => libc::EIO,
-                    Err(error) => error,
-                }
-            }
-            Some((_, Reply { error, .. })) => error,
-        };
-        let Outcome::Done(len) = refuse(&header, &mut writable, error) else {
-            return Ok(());
-        };
-        self.give_back(queue, head, len)
-    }
-
-    /// Keeps an opened file, or takes the open back. The error is the guest's.
-    fn keep(&mut self, opened: Opened, file: Option<OwnedFd>) -> Result<(), i32> {
-        let kept = match file {
-            Some(file) => self
-                .files
-                .enter(opened.handle, file)
-                .map_err(|e| warning!("fs: {e}")),
-            // The kernel drops a descriptor for which the process has no number left.
-            None => {
-                warning!("fs: the VMM has no descriptor left for a file that the guest opens");
-                Err(())
-            }
-        };
-        kept.map_err(|()| {
-            self.owed.extend(opened.undo());
-            self.flush();
-            libc::ENFILE
-        })
-    }
-
-    /// The server is gone: all that it has is answered, and all that would go to it.
-    fn lose_server(&mut self, cause: Option<&io::Error>) {
-        if !std::mem::replace(&mut self.alive, false) {
-            return;
-        }
-        match cause {
-            Some(e) => error!("the file server is gone: {e}"),
-            None => error!("the file server is gone"),
-        }
-        self.waiting = None;
-        self.owed.clear();
-    }
-
-    /// Answers what the server will not answer any more.
-    fn answer_orphans(&mut self) -> Result<(), WorkerError> {
-        let memory = self.memory.clone();
-        for (_, Outstanding { queue, chain, header }) in std::mem::take(&mut self.outstanding) {
-            let head = chain.head_index();
-            let len = match split(chain, &memory) {
-                Ok((_, mut writable)) => match refuse(&header, &mut writable, GONE) {
-                    Outcome::Done(len) => len,
-                    Outcome::Forwarded => 0,
-                },
-                Err(_) => 0,
-            };
-            self.give_back(queue, head, len)?;
-        }
-        Ok(())
-    }
-
     /// Whether something waits for room in the channel.
     fn is_full(&self) -> bool {
         self.waiting.is_some() || !self.owed.is_empty()
     }
 
-    fn give_back(&mut self, number: usize, head: u16, len: usize) -> Result<(), WorkerError> {
+    pub(super) fn give_back(&mut self, number: usize, head: u16, len: usize) -> Result<(), WorkerError> {
         let (Some(queue), Some(used)) = (self.queues.get_mut(number), self.used.get_mut(number)) else {
             return Ok(());
         };
@@ -505,7 +379,7 @@ fn data_args(readable: &mut Buffers<'_>) -> Option<DataArgs> {
 }
 
 /// Answers with an error number. Silent requests, and those without room for a reply, just go back.
-fn refuse(header: &InHeader, writable: &mut Buffers<'_>, error: i32) -> Outcome {
+pub(super) fn refuse(header: &InHeader, writable: &mut Buffers<'_>, error: i32) -> Outcome {
     if header.is_silent() || writable.len() < OUT_HEADER_LEN {
         return Outcome::Done(0);
     }
