@@ -15,6 +15,8 @@ mod table;
 mod undo;
 
 #[cfg(test)]
+mod player_test;
+#[cfg(test)]
 mod sandbox_test;
 
 use std::{

@@ -41,6 +41,18 @@ pub(super) struct Ended {
     pub console_tail: String,
 }
 
+impl Ended {
+    fn to_error(&self) -> EngineError {
+        let Self { reason, console_tail } = self;
+        if console_tail.is_empty() {
+            return EngineError::SandboxEnded(reason.clone());
+        }
+        EngineError::SandboxEnded(format!(
+            "{reason}; the guest's console ends with:\n{console_tail}"
+        ))
+    }
+}
+
 /// One sandbox: a machine and the containers in it. Its calls are to be run to their end, not dropped half-way.
 /// Dropped itself, it ends and leaves nothing, though not in order.
 #[derive(Debug)]
@@ -104,21 +116,17 @@ impl Sandbox {
             .await
             .ok()
             .and_then(|hello| hello.clone());
-        match answer {
-            Some(Ok(info)) => Ok(info),
-            Some(Err(message)) => Err(self
-                .explain(EngineError::Agent {
-                    call: "Setup",
-                    message,
-                })
-                .await),
-            None => Err(self
-                .explain(EngineError::Agent {
-                    call: "Setup",
-                    message: "no answer".into(),
-                })
-                .await),
-        }
+        let message = match answer {
+            Some(Ok(info)) => return Ok(info),
+            Some(Err(message)) => message,
+            None => "no answer".into(),
+        };
+        // With that the sandbox ends, if its end is not the cause.
+        let ended = self.end_within(EXPLANATION * 2).await;
+        Err(ended.unwrap_or(EngineError::Agent {
+            call: "Setup",
+            message,
+        }))
     }
 
     /// Waits for the sandbox's end; tells why it ended. [`Sandbox::shutdown`] still has to be called then.
@@ -137,25 +145,22 @@ impl Sandbox {
         self.parts.machine.console().tail(crate::guest::console::KEPT)
     }
 
-    /// The better error, if the machine's end is behind one of the agent's.
+    /// The better error, if the machine's end is behind one of the agent's or of the host's.
     pub(super) async fn explain(&self, error: EngineError) -> EngineError {
-        if !matches!(
-            error,
-            EngineError::Agent { .. } | EngineError::Deadline { .. } | EngineError::Host { .. }
-        ) {
-            return error;
-        }
+        let lost = match &error {
+            EngineError::Agent { .. } => self.parts.agent.is_lost(),
+            EngineError::Deadline { .. } => true,
+            EngineError::Host { source, .. } => source.kind() == std::io::ErrorKind::BrokenPipe,
+            _ => false,
+        };
+        let patience = if lost { EXPLANATION } else { Duration::ZERO };
+        self.end_within(patience).await.unwrap_or(error)
+    }
+
+    async fn end_within(&self, patience: Duration) -> Option<EngineError> {
         let mut ended = self.parts.ended.clone();
-        let ended = timeout(EXPLANATION, ended.wait_for(Option::is_some)).await;
-        match ended.ok().and_then(Result::ok).and_then(|ended| ended.clone()) {
-            Some(Ended { reason, console_tail }) if console_tail.is_empty() => {
-                EngineError::SandboxEnded(reason)
-            }
-            Some(Ended { reason, console_tail }) => EngineError::SandboxEnded(format!(
-                "{reason}; the guest's console ends with:\n{console_tail}"
-            )),
-            None => error,
-        }
+        let ended = timeout(patience, ended.wait_for(Option::is_some)).await;
+        ended.ok()?.ok()?.as_ref().map(Ended::to_error)
     }
 
     /// Lets the init process exec.

@@ -1,1 +1,616 @@
+//! The engine with a machine that is played: all of it but the guest.
 
+use std::{
+    fs,
+    io::{Read, Write},
+    path::Path,
+    time::Duration,
+};
+
+use tempfile::TempDir;
+use tokio::{
+    sync::mpsc::{UnboundedReceiver, unbounded_channel},
+    time::timeout,
+};
+
+pub use super::player_test::Player;
+use super::{cleanup::cleanup_in, places::Places, player_test::Character, start::start, table::KILLED, *};
+use crate::host::{pid::Identity, rootfs::Mount};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A host of its own for a test. What a sandbox leaves on it is found when it is dropped.
+struct Stage {
+    dir: TempDir,
+    places: Places,
+    player: Player,
+}
+
+impl Stage {
+    fn new(character: Character) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let player = Player::new(dir.path(), character);
+        let places = Places {
+            run: dir.path().join("run"),
+            kvm: "/dev/null".into(),
+            fault: None,
+            player: Some(player.clone()),
+        };
+        let rootfs = dir.path().join("bundle/rootfs");
+        fs::create_dir_all(rootfs.join("bin")).unwrap();
+        fs::create_dir(dir.path().join("volume")).unwrap();
+        fs::write(dir.path().join("volume/precious"), "data").unwrap();
+        Self { dir, places, player }
+    }
+
+    fn config(&self, id: &str) -> SandboxConfig {
+        SandboxConfig {
+            namespace: "ns".into(),
+            id: id.into(),
+            programs: self.player.programs(),
+            vcpus: 2,
+            memory_mib: 64,
+            hostname: String::new(),
+            kernel_params: "quiet".into(),
+        }
+    }
+
+    async fn start(&self) -> (Arc<Sandbox>, UnboundedReceiver<Event>) {
+        let (sender, events) = unbounded_channel();
+        (self.start_with(sender).await.unwrap(), events)
+    }
+
+    async fn start_with(&self, sender: UnboundedSender<Event>) -> Result<Arc<Sandbox>, StartError> {
+        // Opening the kernel's FIFO must not wait.
+        let _held = self.player.hold();
+        start(self.config("s"), sender, self.places.clone()).await
+    }
+
+    fn request(&self, id: &str, command: &str, stdio: Stdio) -> CreateContainer {
+        let volume = self.dir.path().join("volume");
+        let spec = serde_json::json!({
+            "process": {"args": [command]},
+            "root": {"path": "rootfs"},
+            "mounts": [
+                {"destination": "/proc", "type": "proc"},
+                {"destination": "/v", "type": "bind", "source": volume, "options": ["rbind"]},
+            ],
+        });
+        CreateContainer {
+            id: id.into(),
+            bundle: self.dir.path().join("bundle"),
+            spec: spec.to_string().into_bytes(),
+            rootfs: vec![],
+            stdio,
+        }
+    }
+
+    fn share(&self) -> PathBuf {
+        self.dir.path().join("run/ns/s/share")
+    }
+
+    fn mounts(&self) -> Vec<String> {
+        let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let below = self.dir.path().to_str().unwrap();
+        table
+            .lines()
+            .filter(|line| line.contains(below))
+            .map(str::to_owned)
+            .collect()
+    }
+
+    /// No mount, no directory, no process.
+    fn assert_nothing_is_left(&self) {
+        assert_eq!(self.mounts(), [] as [&str; 0]);
+        let run = self.dir.path().join("run");
+        if run.exists() {
+            assert_eq!(fs::read_dir(run).unwrap().count(), 0);
+        }
+        let ours = self.dir.path().to_str().unwrap();
+        for process in fs::read_dir("/proc").unwrap().flatten() {
+            let cmdline = fs::read_to_string(process.path().join("cmdline")).unwrap_or_default();
+            assert!(!cmdline.contains(ours), "{cmdline}");
+        }
+        assert_eq!(
+            fs::read(self.dir.path().join("volume/precious")).unwrap(),
+            b"data"
+        );
+    }
+}
+
+use std::sync::Arc;
+use tokio::sync::mpsc::UnboundedSender;
+
+async fn soon<T>(future: impl Future<Output = T>) -> T {
+    timeout(PATIENCE, future).await.unwrap()
+}
+
+/// The events until the sandbox's end: `container/exec:status`.
+async fn story(events: &mut UnboundedReceiver<Event>) -> Vec<String> {
+    let mut story = Vec::new();
+    loop {
+        match soon(events.recv()).await.unwrap() {
+            Event::Oom { container } => story.push(format!("{container} oom")),
+            Event::Exited {
+                container,
+                exec,
+                status,
+                ..
+            } => {
+                story.push(format!("{container}/{}:{status}", exec.unwrap_or_default()));
+            }
+            Event::SandboxEnded { reason, .. } => {
+                story.push(reason);
+                return story;
+            }
+        }
+    }
+}
+
+const PROCESS: &[u8] = br#"{"args":["sleep"]}"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_container_lives_and_nothing_is_left() {
+    let stage = Stage::new(Character::Good);
+    let (sandbox, mut events) = stage.start().await;
+    assert_eq!(soon(sandbox.ready()).await.unwrap().kernel_release, "6");
+    assert_eq!(stage.player.config().kernel_params, "quiet");
+    soon(sandbox.create(stage.request("c", "exit7", Stdio::default())))
+        .await
+        .unwrap();
+    assert_eq!(
+        fs::read(stage.share().join("c/volumes/0/precious")).unwrap(),
+        b"data"
+    );
+    assert!(stage.share().join("c/rootfs/bin").is_dir());
+    assert_eq!(sandbox.status("c", None).unwrap(), ProcessStatus::Created);
+    assert_eq!(sandbox.containers(), ["c"]);
+    let waiting = tokio::spawn({
+        let sandbox = Arc::clone(&sandbox);
+        async move { sandbox.wait("c", None).await }
+    });
+    soon(sandbox.start_container("c")).await.unwrap();
+    assert_eq!(soon(waiting).await.unwrap().unwrap().status, 7);
+    assert_eq!(soon(sandbox.wait("c", None)).await.unwrap().status, 7);
+    assert_eq!(soon(sandbox.delete_container("c")).await.unwrap().status, 7);
+    assert!(matches!(
+        sandbox.wait("c", None).await,
+        Err(EngineError::NotFound(_))
+    ));
+    assert_eq!(fs::read_dir(stage.share()).unwrap().count(), 0);
+    tokio::join!(soon(sandbox.shutdown()), soon(sandbox.shutdown()));
+    assert_eq!(story(&mut events).await, ["c/:7", "it was shut down"]);
+    let calls = [
+        "Setup s",
+        "CreateContainer c",
+        "StartContainer c",
+        "DeleteContainer c",
+        "Shutdown",
+    ];
+    assert_eq!(stage.player.calls(), calls);
+    stage.assert_nothing_is_left();
+    assert!(matches!(
+        sandbox
+            .create(stage.request("d", "exit0", Stdio::default()))
+            .await,
+        Err(EngineError::SandboxEnded(_))
+    ));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn streams_are_carried_and_closed_after_the_exit() {
+    let stage = Stage::new(Character::Good);
+    let (sandbox, _events) = stage.start().await;
+    let pipe = || nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).unwrap();
+    let (stdin, to_stdin) = pipe();
+    let (from_stdout, stdout) = pipe();
+    let (from_stderr, stderr) = pipe();
+    let stdio = Stdio {
+        terminal: false,
+        stdin: Some(stdin),
+        stdout: Some(stdout),
+        stderr: Some(stderr),
+    };
+    soon(sandbox.create(stage.request("c", "cat", stdio)))
+        .await
+        .unwrap();
+    soon(sandbox.start_container("c")).await.unwrap();
+    let sent: Vec<u8> = (0..3_000_000u32)
+        .flat_map(|at| (at % 65_521).to_le_bytes()[..2].to_vec())
+        .collect();
+    let expected = sent.clone();
+    let writer = std::thread::spawn(move || fs::File::from(to_stdin).write_all(&sent));
+    let reader = std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        fs::File::from(from_stdout).read_to_end(&mut bytes).map(|_| bytes)
+    });
+    assert_eq!(soon(sandbox.wait("c", None)).await.unwrap().status, 0);
+    let drained = timeout(Duration::from_millis(1), sandbox.drained("c", None)).await;
+    assert!(drained.is_err(), "stderr was never dialled and is open");
+    writer.join().unwrap().unwrap();
+    assert!(
+        soon(tokio::task::spawn_blocking(|| reader.join()))
+            .await
+            .unwrap()
+            .unwrap()
+            .unwrap()
+            == expected
+    );
+    soon(sandbox.shutdown()).await;
+    drop(from_stderr);
+    stage.assert_nothing_is_left();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn stdin_can_be_closed() {
+    let stage = Stage::new(Character::Good);
+    let (sandbox, _events) = stage.start().await;
+    let pipe = || nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).unwrap();
+    let (stdin, to_stdin) = pipe();
+    let (from_stdout, stdout) = pipe();
+    let stdio = Stdio {
+        terminal: false,
+        stdin: Some(stdin),
+        stdout: Some(stdout),
+        stderr: None,
+    };
+    soon(sandbox.create(stage.request("c", "cat", stdio)))
+        .await
+        .unwrap();
+    soon(sandbox.start_container("c")).await.unwrap();
+    fs::File::from(to_stdin.try_clone().unwrap())
+        .write_all(b"before")
+        .unwrap();
+    sandbox.close_stdin("c", None).await.unwrap();
+    sandbox.close_stdin("c", None).await.unwrap();
+    assert_eq!(soon(sandbox.wait("c", None)).await.unwrap().status, 0);
+    soon(sandbox.drained("c", None)).await;
+    let mut text = String::new();
+    fs::File::from(from_stdout).read_to_string(&mut text).unwrap();
+    assert_eq!(text, "before");
+    soon(sandbox.shutdown()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn execs_come_and_go() {
+    let stage = Stage::new(Character::Good);
+    let (sandbox, mut events) = stage.start().await;
+    soon(sandbox.create(stage.request("c", "sleep", Stdio::default())))
+        .await
+        .unwrap();
+    let precondition = |result| matches!(result, Err(EngineError::FailedPrecondition(_)));
+    assert!(precondition(
+        sandbox.add_exec("c", "e", PROCESS.into(), Stdio::default()).await
+    ));
+    soon(sandbox.start_container("c")).await.unwrap();
+    sandbox
+        .add_exec("c", "e", PROCESS.into(), Stdio::default())
+        .await
+        .unwrap();
+    assert!(precondition(sandbox.signal("c", Some("e"), 15, false).await));
+    soon(sandbox.start_exec("c", "e")).await.unwrap();
+    let processes = soon(sandbox.processes("c")).await.unwrap();
+    let exec = Some("e".to_owned());
+    assert_eq!(processes[2], ProcessInfo { pid: 9, exec });
+    soon(sandbox.signal("c", Some("e"), 15, false)).await.unwrap();
+    assert_eq!(soon(sandbox.wait("c", Some("e"))).await.unwrap().status, 143);
+    let gone = sandbox.signal("c", Some("e"), 15, false).await;
+    assert!(matches!(gone, Err(EngineError::NotFound(_))));
+    sandbox.delete_exec("c", "e").await.unwrap();
+
+    let nope = br#"{"args":["nope"]}"#.to_vec();
+    sandbox.add_exec("c", "f", nope, Stdio::default()).await.unwrap();
+    let error = soon(sandbox.start_exec("c", "f")).await.unwrap_err();
+    assert_eq!(error.exit_code(), 127);
+    assert_eq!(soon(sandbox.wait("c", Some("f"))).await.unwrap().status, 127);
+
+    assert!(precondition(sandbox.delete_container("c").await.map(drop)));
+    soon(sandbox.signal("c", None, 9, true)).await.unwrap();
+    soon(sandbox.wait("c", None)).await.unwrap();
+    soon(sandbox.delete_container("c")).await.unwrap();
+    soon(sandbox.shutdown()).await;
+    assert_eq!(
+        story(&mut events).await,
+        ["c/e:143", "c/:137", "it was shut down"]
+    );
+    stage.assert_nothing_is_left();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_container_that_was_never_started_can_be_deleted() {
+    let stage = Stage::new(Character::Good);
+    let (sandbox, _events) = stage.start().await;
+    soon(sandbox.create(stage.request("c", "sleep", Stdio::default())))
+        .await
+        .unwrap();
+    assert_eq!(soon(sandbox.delete_container("c")).await.unwrap().status, KILLED);
+    assert!(sandbox.containers().is_empty());
+    soon(sandbox.create(stage.request("c", "sleep", Stdio::default())))
+        .await
+        .unwrap();
+    soon(sandbox.shutdown()).await;
+    stage.assert_nothing_is_left();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_death_of_either_program_ends_all() {
+    for (victim, reason) in [
+        ("vmm", "husk-vmm was killed by SIGKILL"),
+        ("fsd", "husk-fsd was killed by SIGKILL"),
+    ] {
+        let stage = Stage::new(Character::Good);
+        let (sandbox, mut events) = stage.start().await;
+        soon(sandbox.create(stage.request("c", "sleep", Stdio::default())))
+            .await
+            .unwrap();
+        soon(sandbox.start_container("c")).await.unwrap();
+        sandbox
+            .add_exec("c", "e", PROCESS.into(), Stdio::default())
+            .await
+            .unwrap();
+        soon(sandbox.start_exec("c", "e")).await.unwrap();
+        let machine = &sandbox.parts.machine;
+        if victim == "vmm" {
+            machine.vmm().kill()
+        } else {
+            machine.fsd().kill()
+        }
+        let told = story(&mut events).await;
+        assert_eq!(told[..2], ["c/e:137", "c/:137"]);
+        assert!(told[2].starts_with(reason), "{told:?}");
+        assert_eq!(soon(sandbox.wait("c", None)).await.unwrap().status, KILLED);
+        let error = sandbox.signal("c", None, 15, false).await.unwrap_err();
+        assert!(matches!(error, EngineError::SandboxEnded(_)), "{error}");
+        assert_eq!(soon(sandbox.delete_container("c")).await.unwrap().status, KILLED);
+        soon(sandbox.shutdown()).await;
+        stage.assert_nothing_is_left();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_that_fails_tells_why() {
+    let stage = Stage::new(Character::Failing);
+    let (sender, _events) = unbounded_channel();
+    let message = match stage.start_with(sender).await {
+        Err(error) => error.to_string(),
+        Ok(sandbox) => {
+            let error = soon(sandbox.ready()).await.unwrap_err();
+            soon(sandbox.shutdown()).await;
+            error.to_string()
+        }
+    };
+    assert!(message.contains("no such machine"), "{message}");
+    stage.assert_nothing_is_left();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_cannot_be_relied_on_ends_the_sandbox() {
+    for (character, reason) in [
+        (Character::NoSetup, "no share?[2J"),
+        (Character::Nonsense, "it sent an event that makes no sense"),
+    ] {
+        let stage = Stage::new(character);
+        let (sandbox, mut events) = stage.start().await;
+        let told = story(&mut events).await;
+        assert!(told[0].ends_with(reason), "{told:?}");
+        soon(sandbox.shutdown()).await;
+        stage.assert_nothing_is_left();
+    }
+    let stage = Stage::new(Character::NoPid);
+    let (sandbox, _events) = stage.start().await;
+    let error = soon(sandbox.create(stage.request("c", "sleep", Stdio::default())))
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(
+            error,
+            EngineError::Agent {
+                call: "CreateContainer",
+                ..
+            }
+        ),
+        "{error}"
+    );
+    assert!(sandbox.containers().is_empty());
+    soon(sandbox.shutdown()).await;
+    stage.assert_nothing_is_left();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_clings_to_a_container_loses_it() {
+    let stage = Stage::new(Character::Clinging);
+    let (sandbox, _events) = stage.start().await;
+    soon(sandbox.create(stage.request("c", "exit0", Stdio::default())))
+        .await
+        .unwrap();
+    soon(sandbox.start_container("c")).await.unwrap();
+    soon(sandbox.wait("c", None)).await.unwrap();
+    soon(sandbox.delete_container("c")).await.unwrap();
+    assert_eq!(fs::read_dir(stage.share()).unwrap().count(), 0);
+    soon(sandbox.shutdown()).await;
+    stage.assert_nothing_is_left();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_is_silent_is_ended() {
+    let stage = Stage::new(Character::Silent);
+    let (sandbox, mut events) = stage.start().await;
+    assert!(
+        timeout(Duration::from_millis(200), sandbox.ready())
+            .await
+            .is_err()
+    );
+    soon(sandbox.shutdown()).await;
+    assert_eq!(story(&mut events).await, ["it was shut down"]);
+    stage.assert_nothing_is_left();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_start_that_fails_at_any_step_leaves_nothing() {
+    for fault in ["record", "share", "launch", "pids", "agent"] {
+        let mut stage = Stage::new(Character::Good);
+        stage.places.fault = Some(fault);
+        let (sender, _events) = unbounded_channel();
+        let error = soon(stage.start_with(sender)).await.unwrap_err();
+        assert!(matches!(error, StartError::Host { .. }), "{fault}: {error}");
+        stage.assert_nothing_is_left();
+        stage.places.fault = None;
+        let (sandbox, _events) = stage.start().await;
+        soon(sandbox.shutdown()).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_missing_piece_is_named() {
+    let cases: [(&str, fn(&mut Stage, &mut SandboxConfig)); 5] = [
+        ("enable virtualization", |stage, _| {
+            stage.places.kvm = "/nonexistent/kvm".into()
+        }),
+        ("the guest kernel /nonexistent", |_, config| {
+            config.programs.kernel = "/nonexistent".into()
+        }),
+        ("cannot execute /nonexistent", |_, config| {
+            config.programs.fsd = "/nonexistent".into()
+        }),
+        ("1 to 64 are possible", |_, config| config.vcpus = 0),
+        ("is not valid", |_, config| config.id = "../x".into()),
+    ];
+    for (message, damage) in cases {
+        let mut stage = Stage::new(Character::Good);
+        let mut config = stage.config("s");
+        damage(&mut stage, &mut config);
+        let _held = stage.player.hold();
+        let (sender, _events) = unbounded_channel();
+        let error = soon(start(config, sender, stage.places.clone()))
+            .await
+            .unwrap_err();
+        assert!(error.to_string().contains(message), "{error}");
+        stage.assert_nothing_is_left();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_creation_that_fails_at_any_step_leaves_nothing() {
+    for fault in ["mount", "rootfs", "volume", "streams", "create"] {
+        let mut stage = Stage::new(Character::Good);
+        stage.places.fault = Some(fault);
+        let (sandbox, _events) = stage.start().await;
+        let mut request = stage.request("c", "exit0", Stdio::default());
+        request.rootfs = vec![Mount {
+            kind: "tmpfs".into(),
+            source: "t".into(),
+            ..Mount::default()
+        }];
+        soon(sandbox.create(request)).await.unwrap_err();
+        assert_eq!(fs::read_dir(stage.share()).unwrap().count(), 0, "{fault}");
+        assert_eq!(stage.mounts().len(), 1, "only the share is mounted after {fault}");
+        assert!(sandbox.containers().is_empty());
+        assert!(matches!(
+            sandbox.wait("c", None).await,
+            Err(EngineError::NotFound(_))
+        ));
+        soon(sandbox.shutdown()).await;
+        stage.assert_nothing_is_left();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bad_requests_are_refused_with_the_codes_that_users_know() {
+    let stage = Stage::new(Character::Good);
+    let (sandbox, _events) = stage.start().await;
+    let create = async |change: &dyn Fn(&mut CreateContainer)| {
+        let mut request = stage.request("c", "nope", Stdio::default());
+        change(&mut request);
+        soon(sandbox.create(request)).await.unwrap_err()
+    };
+    let error = create(&|_| {}).await;
+    assert_eq!(
+        (error.exit_code(), error.to_string().contains("\"nope\"")),
+        (127, true)
+    );
+    let error = create(&|request| request.id = "a/b".into()).await;
+    assert!(matches!(error, EngineError::InvalidArgument(_)));
+    let error = create(&|request| request.spec = b"hello".into()).await;
+    assert!(matches!(error, EngineError::InvalidSpec(_)));
+    let error = create(&|request| request.bundle = "/nonexistent".into()).await;
+    assert!(
+        error.to_string().contains("/nonexistent/rootfs does not exist"),
+        "{error}"
+    );
+    let error = create(&|request| {
+        let spec = String::from_utf8(request.spec.clone()).unwrap();
+        request.spec = spec.replace("/volume\"", "/missing\"").into_bytes();
+    })
+    .await;
+    assert!(error.to_string().contains("missing"), "{error}");
+    assert_eq!(fs::read_dir(stage.share()).unwrap().count(), 0);
+    soon(sandbox.create(stage.request("c", "exit0", Stdio::default())))
+        .await
+        .unwrap();
+    let error = soon(sandbox.create(stage.request("c", "exit0", Stdio::default())))
+        .await
+        .unwrap_err();
+    assert!(matches!(error, EngineError::AlreadyExists(_)));
+    assert_eq!(sandbox.containers(), ["c"]);
+    soon(sandbox.shutdown()).await;
+    stage.assert_nothing_is_left();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_id_is_taken_while_its_engine_lives() {
+    let stage = Stage::new(Character::Good);
+    let (sandbox, _events) = stage.start().await;
+    let (sender, _second) = unbounded_channel();
+    let error = soon(stage.start_with(sender)).await.unwrap_err();
+    assert!(matches!(error, StartError::AlreadyExists(_)), "{error}");
+    assert!(soon(sandbox.ready()).await.is_ok());
+    soon(sandbox.shutdown()).await;
+    stage.assert_nothing_is_left();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_an_engine_left_behind_is_removed_by_its_record() {
+    let stage = Stage::new(Character::Good);
+    let (sandbox, _events) = stage.start().await;
+    let mut request = stage.request("c", "sleep", Stdio::default());
+    request.rootfs = vec![Mount {
+        kind: "tmpfs".into(),
+        source: "t".into(),
+        ..Mount::default()
+    }];
+    soon(sandbox.create(request)).await.unwrap();
+    let vmm = Identity::of(sandbox.pid()).unwrap();
+    assert_eq!(stage.mounts().len(), 4);
+    soon(cleanup_in(stage.places.clone(), "ns", "s")).await.unwrap();
+    assert!(vmm.open().unwrap().is_none());
+    stage.assert_nothing_is_left();
+    soon(cleanup_in(stage.places.clone(), "ns", "s")).await.unwrap();
+    assert!(cleanup_in(stage.places.clone(), "ns", "../s").await.is_err());
+    soon(sandbox.shutdown()).await;
+    stage.assert_nothing_is_left();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stale_directory_is_taken_over() {
+    let stage = Stage::new(Character::Good);
+    fs::create_dir_all(stage.share().join("c/rootfs")).unwrap();
+    fs::write(stage.dir.path().join("run/ns/s/state.json"), "torn").unwrap();
+    let (sandbox, _events) = stage.start().await;
+    assert_eq!(fs::read_dir(stage.share()).unwrap().count(), 0);
+    soon(sandbox.shutdown()).await;
+    stage.assert_nothing_is_left();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dropped_sandbox_leaves_nothing() {
+    let stage = Stage::new(Character::Good);
+    let (sandbox, _events) = stage.start().await;
+    soon(sandbox.create(stage.request("c", "sleep", Stdio::default())))
+        .await
+        .unwrap();
+    let vmm = sandbox.parts.machine.vmm().clone();
+    drop(sandbox);
+    soon(vmm.ended()).await;
+    assert_eq!(stage.mounts(), [] as [&str; 0]);
+    assert!(!Path::new(&stage.dir.path().join("run/ns")).exists());
+}

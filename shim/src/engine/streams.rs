@@ -84,6 +84,19 @@ impl Streams {
         Ok((streams, ports))
     }
 
+    /// The streams of a process that has none.
+    #[cfg(test)]
+    pub fn none() -> Self {
+        let (close_input, _) = watch::channel(false);
+        let (_, open_outputs) = watch::channel(0);
+        Self {
+            close_input,
+            input: None,
+            outputs: Vec::new(),
+            open_outputs,
+        }
+    }
+
     /// Ends the process's input after what was sent before.
     pub fn close_input(&self) {
         self.close_input.send_replace(true);

@@ -288,8 +288,8 @@ impl Table {
         }
     }
 
-    /// Marks that a process runs; or that it could not be started, and has so ended. No event is sent for that: the
-    /// caller is told.
+    /// Marks that a process runs; or that it could not be started, and has so ended. For an init process that is an
+    /// exit like any other; an exec that did not start has none.
     pub fn finish_start(&mut self, id: &str, exec: Option<&str>, result: Result<Option<i32>, &EngineError>) {
         let Ok(process) = self.process_mut(id, exec) else {
             return;
@@ -300,12 +300,16 @@ impl Table {
                 process.guest_pid = pid.unwrap_or(process.guest_pid);
             }
             Err(error) => {
-                process.stop(Exit {
+                let exit = Exit {
                     status: error.exit_code().into(),
                     at: SystemTime::now(),
-                });
+                };
+                let ended = process.stop(exit);
                 // What it had of streams is of no use.
                 process.streams = None;
+                if ended && exec.is_none() {
+                    self.send_exit(id, None, exit);
+                }
             }
         }
     }

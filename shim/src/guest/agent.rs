@@ -1,6 +1,11 @@
 //! The agent: calls with deadlines, and answers that are checked before anybody believes them. The guest is hostile.
 
-use std::{future::Future, io, time::Duration};
+use std::{
+    future::Future,
+    io,
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
 
 use husk_agent_protocol::{
     limits::{AGENT_PORT, MAX_MESSAGE_LEN, MAX_PROCESSES, MAX_SPEC_LEN, is_valid_id},
@@ -81,6 +86,8 @@ pub struct Agent {
     client: AgentClient,
     hello: watch::Receiver<Hello>,
     hello_by: Instant,
+    /// The connection broke.
+    lost: AtomicBool,
 }
 
 impl std::fmt::Debug for Agent {
@@ -145,6 +152,7 @@ pub async fn connect(machine: &Machine, hostname: &str) -> io::Result<(Agent, Ev
             client,
             hello,
             hello_by,
+            lost: AtomicBool::new(false),
         },
         Events(events),
     ))
@@ -154,6 +162,11 @@ impl Agent {
     /// The agent's first answer, when it comes. For a guest that never answers there is a deadline, [`HELLO`].
     pub fn hello(&self) -> watch::Receiver<Hello> {
         self.hello.clone()
+    }
+
+    /// Whether a call failed because the connection broke, as it does with the machine's end.
+    pub fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::Relaxed)
     }
 
     /// Makes a container and its init process, stopped before its exec. Tells its pid in the guest.
@@ -353,7 +366,12 @@ impl Agent {
         };
         match timeout_at(from + CALL, answer).await {
             Ok(Ok(answer)) => Ok(answer),
-            Ok(Err(error)) => Err(refused(call, &error)),
+            Ok(Err(error)) => {
+                if !matches!(error, ttrpc::Error::RpcStatus(_)) {
+                    self.lost.store(true, Ordering::Relaxed);
+                }
+                Err(refused(call, &error))
+            }
             Err(_) => Err(EngineError::Deadline {
                 call,
                 after: now.elapsed(),

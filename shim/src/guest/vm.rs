@@ -136,6 +136,7 @@ pub struct Machine {
 /// What a child is given, for tests to play the child.
 #[cfg(test)]
 #[derive(Debug)]
+#[allow(missing_docs)]
 pub struct ChildEnds {
     pub control: OwnedFd,
     pub vsock: OwnedFd,
@@ -333,11 +334,11 @@ impl Machine {
         };
         let how = tokio::select! {
             biased;
-            // Reports end when the VMM closes its end, at the latest by exiting.
             () = told_or_over => match timeout(LAST_WORDS, self.vmm.ended()).await {
                 Ok(how) => format!("husk-vmm {how}"),
                 Err(_) => "husk-vmm closed its control socket".into(),
             },
+            how = self.vmm.ended() => format!("husk-vmm {how}"),
             how = self.fsd.ended() => format!("husk-fsd {how}"),
         };
         // When the VMM ends so does the file server, and may be seen first.

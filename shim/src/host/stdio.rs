@@ -90,8 +90,8 @@ impl Handle {
         }
     }
 
-    /// Reads what is there; `None` when that is nothing.
-    fn try_read(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
+    /// Reads what is there; `None` when that is nothing. With `look`, also what the kernel has not told of yet.
+    fn try_read(&self, buffer: &mut [u8], look: bool) -> io::Result<Option<usize>> {
         let mut read = |fd: &OwnedFd| {
             if self.socket {
                 return Ok(recv(fd.as_raw_fd(), buffer, MsgFlags::MSG_DONTWAIT)?);
@@ -100,6 +100,7 @@ impl Handle {
         };
         loop {
             let result = match &self.fd {
+                Readiness::Told(fd) if look => read(fd.get_ref()),
                 Readiness::Told(fd) => fd.try_io(Interest::READABLE, &mut read),
                 Readiness::Always(fd) => read(fd),
             };
@@ -188,7 +189,7 @@ pub async fn feed(
         }
         let mut chunk = vec![0; CHUNK];
         loop {
-            match source.try_read(&mut chunk)? {
+            match source.try_read(&mut chunk, closing)? {
                 Some(0) => return ignore_hang_up(stream.shutdown().await),
                 Some(length) => {
                     let Some(bytes) = chunk.get(..length) else {

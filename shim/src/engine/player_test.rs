@@ -1,0 +1,462 @@
+//! A machine for tests: two scripts in place of the programs, and an agent in this process that they would carry.
+
+use std::{
+    collections::HashMap,
+    fs::{self, File},
+    io::{IoSliceMut, Read, Write},
+    os::{
+        fd::{AsRawFd, FromRawFd, OwnedFd},
+        unix::{fs::PermissionsExt, net::UnixStream},
+    },
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use husk_agent_protocol::{
+    limits::AGENT_PORT,
+    messages::{self as wire, failure::Kind},
+    service,
+};
+use husk_vmm_protocol::{config::MachineConfig, control::Report, vsock::StreamOffer};
+use nix::{
+    sys::{
+        socket::{ControlMessageOwned, MsgFlags, recv, recvmsg, send},
+        stat::Mode,
+    },
+    unistd::mkfifo,
+};
+use serde_json::Value;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use ttrpc::asynchronous::{Server, ServerStreamSender, TtrpcContext, transport::Listener};
+
+use super::Programs;
+use crate::guest::vm::ChildEnds;
+
+/// How the player behaves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Character {
+    /// As an agent should.
+    #[default]
+    Good,
+    /// Setup fails.
+    NoSetup,
+    /// Containers have no pid.
+    NoPid,
+    /// Sends an event that cannot be.
+    Nonsense,
+    /// The VMM tells that it failed, and ends.
+    Failing,
+    /// Never dials.
+    Silent,
+    /// Answers everything but DeleteContainer.
+    Clinging,
+}
+
+/// The files of a machine for tests, and who plays it.
+#[derive(Clone, Debug)]
+pub struct Player {
+    dir: PathBuf,
+    character: Character,
+    calls: Arc<Mutex<Vec<String>>>,
+    config: Arc<Mutex<Option<MachineConfig>>>,
+}
+
+impl Player {
+    pub fn new(dir: &Path, character: Character) -> Self {
+        let script = |name: &str, text: &str| {
+            fs::write(dir.join(name), format!("#!/bin/sh\n{text}\n")).unwrap();
+            fs::set_permissions(dir.join(name), fs::Permissions::from_mode(0o755)).unwrap();
+        };
+        // The VMM ends when a line is written to its kernel, which is a FIFO.
+        script(
+            "husk-vmm",
+            "echo the vmm is here >&2; echo Booting >&8; read word <&6; exit 0",
+        );
+        script("husk-fsd", "exec sleep 1000");
+        mkfifo(&dir.join("vmlinux"), Mode::S_IRWXU).unwrap();
+        fs::write(dir.join("initramfs.cpio"), "").unwrap();
+        Self {
+            dir: dir.to_owned(),
+            character,
+            calls: Arc::default(),
+            config: Arc::default(),
+        }
+    }
+
+    pub fn programs(&self) -> Programs {
+        Programs {
+            vmm: self.dir.join("husk-vmm"),
+            fsd: self.dir.join("husk-fsd"),
+            kernel: self.dir.join("vmlinux"),
+            initramfs: self.dir.join("initramfs.cpio"),
+        }
+    }
+
+    /// The calls that reached the agent.
+    pub fn calls(&self) -> Vec<String> {
+        self.calls.lock().unwrap().clone()
+    }
+
+    /// The configuration that the VMM was given.
+    pub fn config(&self) -> MachineConfig {
+        self.config.lock().unwrap().clone().unwrap()
+    }
+
+    /// Makes the kernel's FIFO such that opening it waits for nobody.
+    pub fn hold(&self) -> File {
+        File::options()
+            .read(true)
+            .write(true)
+            .open(self.dir.join("vmlinux"))
+            .unwrap()
+    }
+
+    /// Plays the machine behind `ends`. Called while the engine launches it.
+    pub fn play(&self, ends: ChildEnds) {
+        let player = self.clone();
+        let kernel = self.hold();
+        let runtime = tokio::runtime::Handle::current();
+        std::thread::spawn(move || player.run(ends, kernel, &runtime));
+    }
+
+    fn run(self, ends: ChildEnds, kernel: File, runtime: &tokio::runtime::Handle) {
+        let ChildEnds {
+            control,
+            vsock,
+            console,
+        } = ends;
+        let mut packet = [0; 4096];
+        let length = recv(control.as_raw_fd(), &mut packet, MsgFlags::empty()).unwrap();
+        *self.config.lock().unwrap() = Some(MachineConfig::decode(&packet[..length]).unwrap());
+        File::from(console).write_all(b"Linux version test\n").unwrap();
+        if self.character == Character::Failing {
+            report(
+                &control,
+                &Report::Failed {
+                    message: "no such machine".into(),
+                },
+            );
+            (&kernel).write_all(b"end\n").unwrap();
+            return;
+        }
+        report(&control, &Report::Running);
+        let machine = Arc::new(Machine {
+            control: Mutex::new(Some(control)),
+            kernel,
+            streams: Mutex::default(),
+        });
+        while let Some((offer, stream)) = next_offer(&vsock) {
+            match offer {
+                StreamOffer::Listen(AGENT_PORT) if self.character != Character::Silent => {
+                    runtime.spawn(serve(
+                        stream,
+                        Arc::new(FakeAgent::new(self.clone(), Arc::clone(&machine))),
+                    ));
+                }
+                StreamOffer::Listen(port) => drop(machine.streams.lock().unwrap().insert(port, stream)),
+                StreamOffer::Connect(_) => panic!("nobody connects to the guest"),
+            }
+        }
+    }
+}
+
+fn report(control: &OwnedFd, report: &Report) {
+    let packet = serde_json::to_vec(report).unwrap();
+    send(control.as_raw_fd(), &packet, MsgFlags::empty()).unwrap();
+}
+
+fn next_offer(vsock: &OwnedFd) -> Option<(StreamOffer, UnixStream)> {
+    let mut packet = [0; 64];
+    let mut space = nix::cmsg_space!([i32; 1]);
+    let mut parts = [IoSliceMut::new(&mut packet)];
+    let message = recvmsg::<()>(
+        vsock.as_raw_fd(),
+        &mut parts,
+        Some(&mut space),
+        MsgFlags::MSG_CMSG_CLOEXEC,
+    )
+    .ok()?;
+    let length = message.bytes;
+    let fd = message.cmsgs().unwrap().find_map(|part| match part {
+        ControlMessageOwned::ScmRights(fds) => fds.first().copied(),
+        _ => None,
+    })?;
+    // SAFETY: the kernel just gave us this descriptor.
+    let stream = UnixStream::from(unsafe { OwnedFd::from_raw_fd(fd) });
+    Some((StreamOffer::decode(&packet[..length]).unwrap(), stream))
+}
+
+async fn serve(stream: UnixStream, agent: Arc<FakeAgent>) {
+    stream.set_nonblocking(true).unwrap();
+    let stream = tokio::net::UnixStream::from_std(stream).unwrap();
+    let once = futures::stream::iter([Ok(stream)]);
+    let forever = futures::StreamExt::chain(once, futures::stream::pending());
+    let mut server = Server::new()
+        .add_listener(Listener::new(forever))
+        .register_service(service::create_agent(agent));
+    server.start().await.unwrap();
+    std::future::pending::<()>().await;
+}
+
+struct Machine {
+    control: Mutex<Option<OwnedFd>>,
+    kernel: File,
+    streams: Mutex<HashMap<u32, UnixStream>>,
+}
+
+impl Machine {
+    /// The guest's end of a stream: as the VMM hands it to whoever dials the port.
+    fn dial(&self, port: u32) -> Option<UnixStream> {
+        if port == 0 {
+            return None;
+        }
+        for _ in 0..500 {
+            if let Some(stream) = self.streams.lock().unwrap().remove(&port) {
+                return Some(stream);
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        panic!("port {port} was not offered");
+    }
+}
+
+struct FakeAgent {
+    player: Player,
+    machine: Arc<Machine>,
+    commands: Mutex<HashMap<String, (String, wire::Stdio)>>,
+    events: UnboundedSender<wire::Event>,
+    pending: Mutex<Option<UnboundedReceiver<wire::Event>>>,
+}
+
+impl FakeAgent {
+    fn new(player: Player, machine: Arc<Machine>) -> Self {
+        let (events, pending) = unbounded_channel();
+        Self {
+            player,
+            machine,
+            commands: Mutex::default(),
+            events,
+            pending: Mutex::new(Some(pending)),
+        }
+    }
+
+    fn called(&self, call: &str, id: &str) {
+        self.player
+            .calls
+            .lock()
+            .unwrap()
+            .push(format!("{call} {id}").trim().to_owned());
+    }
+
+    /// What the command word of a process means.
+    fn run(&self, container: &str, exec: &str, command: &str, stdio: wire::Stdio) {
+        let exited = {
+            let (events, container, exec) = (self.events.clone(), container.to_owned(), exec.to_owned());
+            move |status| {
+                let exit = wire::event::Exit {
+                    container_id: container,
+                    exec_id: exec,
+                    status,
+                    ..Default::default()
+                };
+                let kind = Some(wire::event::Kind::Exit(exit));
+                events
+                    .send(wire::Event {
+                        kind,
+                        ..Default::default()
+                    })
+                    .unwrap();
+            }
+        };
+        match command {
+            "sleep" => {}
+            "cat" => {
+                let machine = Arc::clone(&self.machine);
+                std::thread::spawn(move || {
+                    let (input, output) = (machine.dial(stdio.stdin_port), machine.dial(stdio.stdout_port));
+                    let mut bytes = Vec::new();
+                    input.unwrap().read_to_end(&mut bytes).unwrap();
+                    let mut output = output.unwrap();
+                    exited(0);
+                    // Output is drained on its own, after the exit.
+                    std::thread::sleep(Duration::from_millis(50));
+                    output.write_all(&bytes).unwrap();
+                });
+            }
+            code => exited(code.strip_prefix("exit").unwrap().parse().unwrap()),
+        }
+    }
+}
+
+fn command(json: &[u8], pointer: &str) -> String {
+    let value: Value = serde_json::from_slice(json).unwrap();
+    value.pointer(pointer).and_then(Value::as_str).unwrap().to_owned()
+}
+
+fn failure(command: &str) -> protobuf::MessageField<wire::Failure> {
+    if command != "nope" {
+        return None.into();
+    }
+    let message = "exec: \"nope\": executable file not found in $PATH".into();
+    Some(wire::Failure {
+        kind: Kind::COMMAND_NOT_FOUND.into(),
+        message,
+        ..Default::default()
+    })
+    .into()
+}
+
+fn status(code: ttrpc::Code, text: &str) -> ttrpc::Error {
+    ttrpc::Error::RpcStatus(ttrpc::get_status(code, text.to_owned()))
+}
+
+#[async_trait]
+impl service::Agent for FakeAgent {
+    async fn setup(
+        &self,
+        _: &TtrpcContext,
+        request: wire::SetupRequest,
+    ) -> ttrpc::Result<wire::SetupResponse> {
+        self.called("Setup", &request.hostname);
+        assert_eq!((request.share_tag.as_str(), request.entropy.len()), ("share", 64));
+        if self.player.character == Character::NoSetup {
+            return Err(status(ttrpc::Code::INTERNAL, "no share\u{1b}[2J"));
+        }
+        if self.player.character == Character::Nonsense {
+            self.events.send(wire::Event::default()).unwrap();
+        }
+        Ok(wire::SetupResponse {
+            agent_version: "1".into(),
+            kernel_release: "6".into(),
+            ..Default::default()
+        })
+    }
+
+    async fn create_container(
+        &self,
+        _: &TtrpcContext,
+        request: wire::CreateContainerRequest,
+    ) -> ttrpc::Result<wire::CreateContainerResponse> {
+        self.called("CreateContainer", &request.container_id);
+        let command = command(&request.spec_json, "/process/args/0");
+        let failure = failure(&command);
+        if failure.is_none() {
+            let stdio = request.stdio.into_option().unwrap_or_default();
+            self.commands
+                .lock()
+                .unwrap()
+                .insert(request.container_id, (command, stdio));
+        }
+        let pid = if self.player.character == Character::NoPid {
+            0
+        } else {
+            7
+        };
+        Ok(wire::CreateContainerResponse {
+            pid,
+            failure,
+            ..Default::default()
+        })
+    }
+
+    async fn start_container(
+        &self,
+        _: &TtrpcContext,
+        request: wire::StartContainerRequest,
+    ) -> ttrpc::Result<wire::StartContainerResponse> {
+        let id = request.container_id;
+        self.called("StartContainer", &id);
+        let (command, stdio) = self.commands.lock().unwrap().get(&id).cloned().unwrap();
+        self.run(&id, "", &command, stdio);
+        Ok(wire::StartContainerResponse::default())
+    }
+
+    async fn exec_process(
+        &self,
+        _: &TtrpcContext,
+        request: wire::ExecProcessRequest,
+    ) -> ttrpc::Result<wire::ExecProcessResponse> {
+        self.called("ExecProcess", &request.exec_id);
+        let command = command(&request.process_json, "/args/0");
+        let failure = failure(&command);
+        if failure.is_none() {
+            let stdio = request.stdio.into_option().unwrap_or_default();
+            self.run(&request.container_id, &request.exec_id, &command, stdio);
+        }
+        Ok(wire::ExecProcessResponse {
+            pid: 9,
+            failure,
+            ..Default::default()
+        })
+    }
+
+    async fn signal_process(
+        &self,
+        _: &TtrpcContext,
+        request: wire::SignalProcessRequest,
+    ) -> ttrpc::Result<wire::Empty> {
+        self.called("SignalProcess", &request.container_id);
+        let code = format!("exit{}", 128 + request.signal);
+        self.run(
+            &request.container_id,
+            &request.exec_id,
+            &code,
+            wire::Stdio::default(),
+        );
+        Ok(wire::Empty::default())
+    }
+
+    async fn list_processes(
+        &self,
+        _: &TtrpcContext,
+        _: wire::ListProcessesRequest,
+    ) -> ttrpc::Result<wire::ListProcessesResponse> {
+        let process = |pid, exec: &str| wire::list_processes_response::Process {
+            pid,
+            exec_id: exec.into(),
+            ..Default::default()
+        };
+        let processes = vec![process(7, ""), process(8, ""), process(9, "e")];
+        Ok(wire::ListProcessesResponse {
+            processes,
+            ..Default::default()
+        })
+    }
+
+    async fn delete_container(
+        &self,
+        _: &TtrpcContext,
+        request: wire::DeleteContainerRequest,
+    ) -> ttrpc::Result<wire::Empty> {
+        self.called("DeleteContainer", &request.container_id);
+        if self.player.character == Character::Clinging {
+            return Err(status(ttrpc::Code::FAILED_PRECONDITION, "it is mine"));
+        }
+        Ok(wire::Empty::default())
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, _: wire::Empty) -> ttrpc::Result<wire::Empty> {
+        self.called("Shutdown", "");
+        let reason = husk_vmm_protocol::control::EndReason::Reset;
+        if let Some(control) = self.machine.control.lock().unwrap().take() {
+            report(&control, &Report::Ended { reason });
+        }
+        (&self.machine.kernel).write_all(b"end\n").unwrap();
+        Ok(wire::Empty::default())
+    }
+
+    async fn events(
+        &self,
+        _: &TtrpcContext,
+        _: wire::Empty,
+        sender: ServerStreamSender<wire::Event>,
+    ) -> ttrpc::Result<()> {
+        let mut events = self.pending.lock().unwrap().take().unwrap();
+        while let Some(event) = events.recv().await {
+            sender.send(&event).await?;
+        }
+        Ok(())
+    }
+}
