@@ -1002,6 +1002,71 @@ fn mounts_made_later_on_the_host_show_up() {
     assert!(names(&m.path("c1")).is_empty());
 }
 
+/// What engines give a container as its root: here with lower and upper layer on different file systems, where an
+/// overlay gives a file another identity when it is first written to.
+#[test]
+fn overlays_beneath_the_share() {
+    let m = Mount::new();
+    let lower = m.server.outside().join("lower");
+    fs::create_dir_all(lower.join("dir")).unwrap();
+    fs::write(lower.join("dir/old"), "old").unwrap();
+    fs::write(lower.join("gone"), "x").unwrap();
+    for name in ["upper", "work"] {
+        fs::create_dir(Path::new("/mnt").join(name)).unwrap();
+    }
+    fs::create_dir(m.host("rootfs")).unwrap();
+    let options = format!(
+        "lowerdir={},upperdir=/mnt/upper,workdir=/mnt/work",
+        lower.display()
+    );
+    let (at, options) = (posix_path(&m.host("rootfs")), posix_path(Path::new(&options)));
+    // SAFETY: the strings are NUL-terminated and live through the call.
+    check(unsafe {
+        libc::mount(
+            c"overlay".as_ptr(),
+            at.as_ptr(),
+            c"overlay".as_ptr(),
+            0,
+            options.as_ptr().cast(),
+        )
+    })
+    .unwrap();
+    let root = m.path("rootfs");
+    let reader = File::open(root.join("dir/old")).unwrap();
+    let mut writer = OpenOptions::new()
+        .append(true)
+        .open(root.join("dir/old"))
+        .unwrap();
+    writer.write_all(b" and new").unwrap();
+    let mut text = vec![0; 11];
+    reader.read_exact_at(&mut text, 0).unwrap();
+    assert_eq!(text, b"old and new");
+    assert_eq!(fs::read(lower.join("dir/old")).unwrap(), b"old");
+    chmod(&root.join("dir/old"), 0o4711);
+    fs::hard_link(root.join("dir/old"), root.join("dir/link")).unwrap();
+    assert_eq!(mode(&root.join("dir/link")), 0o4711);
+    fs::remove_file(root.join("gone")).unwrap();
+    fs::rename(root.join("dir/link"), root.join("moved")).unwrap();
+    assert_eq!(names(&root), ["dir".to_owned(), "moved".to_owned()].into());
+    fs::create_dir(root.join("made")).unwrap();
+    posix::set_xattr(&root.join("moved"), "user.x", b"x").unwrap();
+    assert_eq!(posix::get_xattr(&m.host("rootfs/moved"), "user.x").unwrap(), b"x");
+    let mut unnamed = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_TMPFILE)
+        .open(root.join("made"))
+        .unwrap();
+    unnamed.write_all(b"unnamed").unwrap();
+    chown(root.join("moved"), Some(ALICE), Some(STAFF)).unwrap();
+    assert_eq!(owner(&m.host("rootfs/moved")), (ALICE, STAFF));
+    fs::remove_dir_all(root.join("dir")).unwrap();
+    assert_eq!(
+        names(&m.host("rootfs")),
+        ["made".to_owned(), "moved".to_owned()].into()
+    );
+}
+
 #[test]
 fn many_threads_at_once() {
     let m = Mount::new();
