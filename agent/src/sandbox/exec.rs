@@ -1,0 +1,137 @@
+//! Starting a further process in a container.
+
+use std::{
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+    sync::Arc,
+};
+
+use husk_agent_protocol::messages;
+use oci_spec::runtime::Process as ProcessSpec;
+
+use super::{
+    Error, Sandbox,
+    launching::{Forked, copy, descriptors, process_stdio, ready},
+    state::{Phase, Process},
+};
+use crate::{
+    container::create,
+    fault::Fault,
+    process::{
+        launch::{self, Report},
+        plan::ProcessPlan,
+    },
+    stdio, sys,
+};
+
+impl Sandbox {
+    /// Starts a further process in a container, and answers its pid.
+    pub async fn exec(
+        self: Arc<Self>,
+        id: String,
+        exec: String,
+        process: Vec<u8>,
+        ports: messages::Stdio,
+    ) -> Result<i32, Error> {
+        let process: ProcessSpec =
+            serde_json::from_slice(&process).map_err(|error| Fault::spec("process", error))?;
+        let plan = ProcessPlan::new(&process, "process")?;
+        drop(process);
+        let Forked {
+            pid,
+            channel,
+            pipes,
+            mut ended,
+        } = self.fork_exec(&id, &exec, &plan, &ports)?;
+        let started = async {
+            let (master, streams) =
+                tokio::try_join!(ready(&channel), stdio::connect(&self.config.dial, &ports))?;
+            let terminal = copy(master, pipes, streams)?;
+            match channel.report().await {
+                Report::Fault(fault) => Err(fault),
+                Report::Ready(_) | Report::Closed => Ok(terminal),
+            }
+        };
+        match started.await {
+            Ok(terminal) => {
+                let mut state = self.state();
+                let process = state.process(&id, &exec)?;
+                process.terminal = terminal;
+                if let Phase::Ended(status) = process.phase {
+                    state.container(&id)?.execs.remove(&exec);
+                    self.events.exit(&id, &exec, status);
+                } else {
+                    process.phase = Phase::Running;
+                }
+                Ok(pid)
+            }
+            Err(fault) => {
+                if let Ok(process) = self.state().process(&id, &exec) {
+                    if !process.phase.has_ended() {
+                        // Not reaped, so the pid is its own still.
+                        let _ = sys::kill(process.pid, libc::SIGKILL);
+                    }
+                }
+                let _ = ended.wait_for(Option::is_some).await;
+                if let Ok(container) = self.state().container(&id) {
+                    container.execs.remove(&exec);
+                }
+                Err(fault.into())
+            }
+        }
+    }
+
+    fn fork_exec(
+        &self,
+        id: &str,
+        exec: &str,
+        plan: &ProcessPlan,
+        ports: &messages::Stdio,
+    ) -> Result<Forked, Error> {
+        let mut state = self.state();
+        let container = state.container(id)?;
+        if !container.init.phase.can_be_joined() || container.deleting {
+            return Err(Error::FailedPrecondition(format!(
+                "container {id} is not running"
+            )));
+        }
+        if container.execs.contains_key(exec) {
+            return Err(Error::AlreadyExists(format!("process {exec} of container {id}")));
+        }
+        let (process_end, pipes) = process_stdio(plan, ports)?;
+        let init = &container.pidfd;
+        let mut keep = descriptors(&process_end);
+        keep.push(init.as_raw_fd());
+
+        let enter = |pidfd: &OwnedFd| sys::set_pid_namespace_for_children(pidfd.as_fd());
+        enter(init).map_err(|error| Error::System {
+            what: "join the container's pid namespace",
+            error,
+        })?;
+        let forked = launch::fork(
+            0,
+            container.cgroup.directory(),
+            &keep,
+            |reporter| match create::join(plan, init, &process_end, reporter) {
+                Err(fault) => fault,
+                Ok(never) => match never {},
+            },
+        );
+        if let Err(error) = enter(&self.own_pidfd) {
+            // Further children would be made in the container. Nothing can be trusted any more.
+            crate::init::die(format_args!(
+                "cannot return to the agent's pid namespace: {error}"
+            ));
+        }
+        let (pid, channel) = forked?;
+        let process = Process::new(pid);
+        let ended = process.ended.subscribe();
+        container.execs.insert(exec.to_owned(), process);
+        state.owners.insert(pid, (id.to_owned(), Some(exec.to_owned())));
+        Ok(Forked {
+            pid,
+            channel,
+            pipes,
+            ended,
+        })
+    }
+}
