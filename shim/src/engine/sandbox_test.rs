@@ -462,7 +462,8 @@ async fn a_start_that_fails_at_any_step_leaves_nothing() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_missing_piece_is_named() {
-    let cases: [(&str, fn(&mut Stage, &mut SandboxConfig)); 5] = [
+    type Damage = fn(&mut Stage, &mut SandboxConfig);
+    let cases: [(&str, Damage); 5] = [
         ("enable virtualization", |stage, _| {
             stage.places.kvm = "/nonexistent/kvm".into()
         }),
