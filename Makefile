@@ -79,7 +79,7 @@ e2e-programs:
 	$(call say,building the end-to-end suites)
 	@mkdir -p $(E2E)
 	@$(CARGO) test --release --locked -p husk-tests --features e2e --test e2e --no-run --message-format=json-render-diagnostics \
-		| sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | xargs -I{} install -m 755 -C {} $(E2E)/e2e
+		| grep -F "\"kind\":[\"test\"]" | sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | xargs -I{} install -m 755 -C {} $(E2E)/e2e
 
 .PHONY: e2e
 e2e: build e2e-programs ## the end-to-end suites, under containerd 1.7 and 2.1

@@ -23,19 +23,9 @@ impl Bundle {
             fs::create_dir_all(root.join(name)).unwrap();
         }
         fs::copy("/bin/busybox", root.join("bin/busybox")).unwrap();
-        ok(&[
-            "/bin/busybox",
-            "--install",
-            "-s",
-            root.join("bin").to_str().unwrap(),
-        ]);
-        // The links point to the host's busybox by its path there.
-        for entry in fs::read_dir(root.join("bin")).unwrap().flatten() {
-            if entry.file_type().unwrap().is_symlink() {
-                fs::remove_file(entry.path()).unwrap();
-                std::os::unix::fs::symlink("busybox", entry.path()).unwrap();
-            }
-        }
+        let bin = root.join("bin");
+        // Links beside it, one for each applet.
+        ok(&[bin.join("busybox").to_str().unwrap(), "--install", bin.to_str().unwrap()]);
         fs::write(root.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\n").unwrap();
         let bundle = Self { directory };
         ok(&["husk", "spec", "--bundle", bundle.path()]);
