@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Shared by the scripts of the test host; sourced, never run. Bash, `set -euo pipefail` is the caller's.
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
@@ -78,7 +79,7 @@ cached() {
         # One maker at a time; the second one finds the entry there. A maker that was killed leaves its
         # temporary directory to the next.
         exec {lock}>"$host_cache/.$name.lock"
-        flock "$lock"
+        flock --nonblock "$lock" || { say "waiting for another process to make $name"; flock "$lock"; }
         if [ ! -d "$entry" ]; then
             rm -rf --one-file-system "$tmp"
             mkdir "$tmp"
