@@ -5,6 +5,7 @@ use std::{
     io,
     os::{fd::AsFd, unix::fs::DirBuilderExt},
     path::{Path, PathBuf},
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
@@ -142,9 +143,18 @@ impl Sandbox {
             .save(&self.parts.dir)
             .map_err(host("cannot write the record in", &self.parts.dir))?;
         drop(record);
-        let mounted = root.clone();
-        // The record keeps the mount until the sandbox ends: unmounting what is not mounted does no harm.
-        undo.push("unmount the root file system", move || unmount_below(&mounted));
+        let (mounted, record, dir) = (
+            root.clone(),
+            Arc::clone(&self.parts.record),
+            self.parts.dir.clone(),
+        );
+        undo.push("unmount the root file system", move || {
+            unmount_below(&mounted)?;
+            // Another sandbox may mount there next.
+            let mut record = lock(&record);
+            record.mounts.retain(|mount| *mount != mounted);
+            record.save(&dir)
+        });
         self.step("mount")?;
         rootfs::mount_all(mounts, &root).map_err(|error| EngineError::InvalidArgument(chain(&error)))?;
         Ok(root)

@@ -40,12 +40,16 @@ pub struct Record {
 pub const VERSION: u32 = 1;
 
 impl Record {
-    /// Writes the record: a reader finds the old one or the new one, whole.
+    /// Writes the record: a reader finds the old one or the new one, whole. Where the directory was removed by
+    /// somebody who cleaned up, nothing is left to record.
     ///
     /// # Errors
     /// The file system's.
     pub fn save(&self, dir: &Path) -> io::Result<()> {
         let new = dir.join(NEW_FILE);
+        if !dir.exists() {
+            return Ok(());
+        }
         let mut file = OpenOptions::new()
             .write(true)
             .create(true)

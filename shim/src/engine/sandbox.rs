@@ -68,7 +68,7 @@ pub(super) struct Parts {
     pub machine: Arc<Machine>,
     pub agent: Agent,
     pub table: Arc<Mutex<Table>>,
-    pub record: Mutex<Record>,
+    pub record: Arc<Mutex<Record>>,
     pub undo: Mutex<Undo>,
     pub ended: watch::Receiver<Option<Ended>>,
     /// Set when the end is wanted.

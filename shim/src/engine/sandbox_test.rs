@@ -506,6 +506,7 @@ async fn a_creation_that_fails_at_any_step_leaves_nothing() {
         assert_eq!(fs::read_dir(stage.share()).unwrap().count(), 0, "{fault}");
         assert_eq!(stage.mounts().len(), 1, "only the share is mounted after {fault}");
         assert!(sandbox.containers().is_empty());
+        assert_eq!(lock(&sandbox.parts.record).mounts, [] as [PathBuf; 0]);
         assert!(matches!(
             sandbox.wait("c", None).await,
             Err(EngineError::NotFound(_))

@@ -155,7 +155,7 @@ pub(super) async fn start(
         machine,
         agent,
         table,
-        record: Mutex::new(record),
+        record: Arc::new(Mutex::new(record)),
         undo: Mutex::new(undo),
         ended,
         stopping,

@@ -20,6 +20,7 @@ use tokio::{
     io::{AsyncWriteExt, Interest, unix::AsyncFd},
     net::UnixStream,
     sync::watch,
+    task::consume_budget,
 };
 
 /// Bytes copied at a time: what a pipe holds.
@@ -189,6 +190,8 @@ pub async fn feed(
         }
         let mut chunk = vec![0; CHUNK];
         loop {
+            // A stream that never pauses must not keep others from their turn.
+            consume_budget().await;
             match source.try_read(&mut chunk, closing)? {
                 Some(0) => return ignore_hang_up(stream.shutdown().await),
                 Some(length) => {
@@ -218,6 +221,8 @@ pub async fn drain(stream: UnixStream, sink: Handle) -> io::Result<()> {
         }
         let mut chunk = vec![0; CHUNK];
         loop {
+            // A stream that never pauses must not keep others from their turn.
+            consume_budget().await;
             match stream.try_read(&mut chunk) {
                 Ok(0) => return Ok(()),
                 Ok(length) => {
