@@ -82,6 +82,8 @@ pub struct Fault {
 pub struct Report {
     /// The items in the order they were looked at.
     pub items: Vec<Item>,
+    /// From the start of the machine to the agent's hello, if a guest was booted.
+    pub boot: Option<Duration>,
 }
 
 impl Report {
@@ -93,6 +95,7 @@ impl Report {
 
 /// Looks at this machine. What is made for it is gone when this returns.
 pub async fn check(options: Options) -> Report {
+    let mut boot_time = None;
     let mut items = vec![
         item("rights", rights()),
         item(KVM, kvm(Path::new(KVM))),
@@ -104,7 +107,7 @@ pub async fn check(options: Options) -> Report {
             items.push(item("guest image", image(&programs)));
             let fine = items.iter().all(|item| item.found.is_ok());
             if let (true, Some(limit)) = (fine, options.boot) {
-                items.push(item("guest", boot(programs, limit).await));
+                items.push(item("guest", boot(programs, limit, &mut boot_time).await));
             }
         }
         Err(error) => items.push(item(
@@ -112,7 +115,10 @@ pub async fn check(options: Options) -> Report {
             fault(error.to_string(), "run `make install` as root"),
         )),
     }
-    Report { items }
+    Report {
+        items,
+        boot: boot_time,
+    }
 }
 
 type Found = Result<String, Fault>;
@@ -283,8 +289,8 @@ fn image(programs: &Programs) -> Found {
     Ok(programs.kernel.display().to_string())
 }
 
-/// Boots a guest until its agent answers.
-async fn boot(programs: Programs, limit: Duration) -> Found {
+/// Boots a guest until its agent answers; says in `time` how long that took.
+async fn boot(programs: Programs, limit: Duration, time: &mut Option<Duration>) -> Found {
     const REMEDY: &str = "within a virtual machine, use one whose hypervisor offers nested virtualization that works; \
                           else see the text above and dmesg";
     let id = format!("check-{}", std::process::id());
@@ -314,12 +320,15 @@ async fn boot(programs: Programs, limit: Duration) -> Found {
         );
     }
     match ready {
-        Ok(Ok(guest)) => Ok(format!(
-            "Linux {} in {} ms, agent {}",
-            guest.kernel_release,
-            took.as_millis(),
-            guest.agent_version
-        )),
+        Ok(Ok(guest)) => {
+            *time = Some(took);
+            Ok(format!(
+                "Linux {} in {} ms, agent {}",
+                guest.kernel_release,
+                took.as_millis(),
+                guest.agent_version
+            ))
+        }
         Ok(Err(error)) => fault(format!("the guest did not come up: {error}"), REMEDY),
         Err(_) => {
             let last = console

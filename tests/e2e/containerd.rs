@@ -189,13 +189,9 @@ fn a_container_that_ended_can_be_seen_and_removed() {
     eventually("the task to stop", || {
         (container.status()? == "STOPPED").then_some(())
     });
+    // ctr tells the exit code in a warning, and newer ones exit with it too.
     let done = run(&["ctr", "task", "rm", "ended"]);
-    assert_eq!(
-        done.code,
-        9,
-        "ctr task rm gives the container's exit code: {}",
-        done.err()
-    );
+    assert!(done.err().contains("non-zero exit code 9"), "{}", done.err());
     run(&["ctr", "container", "rm", "ended"]).expect_code(0);
     std::mem::forget(container);
     census.assert_unchanged();

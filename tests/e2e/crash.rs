@@ -34,9 +34,35 @@ fn kill_while_running(victim: &str, id: &str) {
     census.assert_unchanged();
 }
 
+/// A client that waits is cut off with the shim, with any runtime; containerd itself tells the end in an event.
 #[test]
 fn the_shim_is_killed() {
-    kill_while_running("containerd-shim-husk-v2", "kill-shim");
+    let census = Census::take();
+    let mut events = Running::start(&["ctr", "events"], Input::Nothing);
+    let argv = [
+        "ctr",
+        "run",
+        "-d",
+        "--runtime",
+        RUNTIME,
+        BUSYBOX,
+        "kill-shim",
+        "sleep",
+        "1000",
+    ];
+    run(&argv).expect_code(0);
+    events.wait_for("/tasks/start");
+    kill(
+        Pid::from_raw(host::pid_of("containerd-shim-husk-v2")),
+        Signal::SIGKILL,
+    )
+    .unwrap();
+    events.wait_for("/tasks/exit");
+    events.wait_for("\"exit_status\":137");
+    drop(events);
+    run(&["ctr", "task", "rm", "-f", "kill-shim"]);
+    run(&["ctr", "container", "rm", "kill-shim"]).expect_code(0);
+    census.assert_unchanged();
 }
 
 #[test]

@@ -25,7 +25,11 @@ impl Bundle {
         fs::copy("/bin/busybox", root.join("bin/busybox")).unwrap();
         let bin = root.join("bin");
         // Links beside it, one for each applet.
-        ok(&[bin.join("busybox").to_str().unwrap(), "--install", bin.to_str().unwrap()]);
+        ok(&[
+            bin.join("busybox").to_str().unwrap(),
+            "--install",
+            bin.to_str().unwrap(),
+        ]);
         fs::write(root.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\n").unwrap();
         let bundle = Self { directory };
         ok(&["husk", "spec", "--bundle", bundle.path()]);
@@ -123,6 +127,12 @@ fn files_go_both_ways_with_owner_and_mode() {
         "cat /from-host; echo changed > /from-guest; chmod 640 /from-guest; chown 12:34 /from-guest; \
          ln /from-guest /linked; mkfifo /pipe; ln -s /nowhere /dangling",
     ]);
+    bundle.edit(|spec| {
+        let all = serde_json::json!(["CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_MKNOD"]);
+        for set in ["bounding", "effective", "permitted"] {
+            spec["process"]["capabilities"][set] = all.clone();
+        }
+    });
     fs::write(bundle.join("rootfs/from-host"), "hello\n").unwrap();
     let done = run(&["husk", "run", "--bundle", bundle.path(), "files"]).expect_code(0);
     assert_eq!(done.out(), "hello\n");

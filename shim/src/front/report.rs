@@ -68,7 +68,8 @@ fn document(report: &Report) -> Value {
             }
         })
         .collect();
-    json!({ "ok": report.ok(), "items": items })
+    let boot_ms = report.boot.map(|boot| boot.as_secs_f64() * 1e3);
+    json!({ "ok": report.ok(), "boot_ms": boot_ms, "items": items })
 }
 
 #[cfg(test)]
@@ -77,7 +78,10 @@ mod tests {
     use crate::check::{Fault, Item};
 
     fn report() -> Report {
-        let mut report = Report::default();
+        let mut report = Report {
+            boot: Some(Duration::from_micros(12_500)),
+            ..Report::default()
+        };
         report.items.push(Item {
             name: "root",
             found: Ok("yes".into()),
@@ -106,7 +110,10 @@ mod tests {
     #[test]
     fn programs_get_a_document() {
         let document = document(&report());
-        assert_eq!(document["ok"], false);
+        assert_eq!(
+            (&document["ok"], &document["boot_ms"]),
+            (&json!(false), &json!(12.5))
+        );
         assert_eq!(document["items"][0]["found"], "yes");
         assert_eq!(document["items"][1]["remedy"], "load kvm_amd or kvm_intel");
     }

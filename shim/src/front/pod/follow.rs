@@ -37,10 +37,12 @@ impl Pod {
                     ..
                 } => self.exited(&container, exec.as_deref(), Exit { status, at }),
                 Event::SandboxEnded { reason, console_tail } => {
-                    tracing::info!(reason, "the sandbox has ended");
-                    if !console_tail.is_empty() {
-                        tracing::debug!(console = console_tail);
-                    }
+                    // The engine's log has the reason.
+                    tracing::debug!(
+                        reason,
+                        console = console_tail,
+                        "no container of the pod runs any more"
+                    );
                 }
             }
             self.handled.send_modify(|n| *n = n.wrapping_add(1));
