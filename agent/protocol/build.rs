@@ -14,7 +14,10 @@ fn main() -> Result<(), Box<dyn Error>> {
         .include("proto")
         .rust_protobuf()
         .rust_protobuf_customize(ProtobufCustomize::default().gen_mod_rs(false))
-        .customize(Customize { async_all: true, ..Default::default() })
+        .customize(Customize {
+            async_all: true,
+            ..Default::default()
+        })
         .run()?;
     fs::write(out.join("mod.rs"), "pub mod agent;\npub mod agent_ttrpc;\n")?;
     Ok(())

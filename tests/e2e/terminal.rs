@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
@@ -50,7 +50,7 @@ impl Terminal {
         };
         let child = command.spawn().unwrap();
         drop(pty.slave);
-        let master: File = OwnedFd::from(pty.master).into();
+        let master: File = pty.master.into();
         let mut reader = master.try_clone().unwrap();
         let (sender, output) = mpsc::channel();
         thread::spawn(move || {

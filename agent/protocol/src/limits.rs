@@ -30,7 +30,9 @@ pub const GUEST_SHARE: &str = "/run/husk/share";
 pub fn is_valid_id(id: &str) -> bool {
     let mut bytes = id.bytes();
     id.len() <= MAX_ID_LEN
-        && bytes.next().is_some_and(|b| b.is_ascii_alphanumeric() || b == b'_')
+        && bytes
+            .next()
+            .is_some_and(|b| b.is_ascii_alphanumeric() || b == b'_')
         && bytes.all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'+' | b'-'))
 }
 
@@ -47,7 +49,18 @@ mod tests {
 
     #[test]
     fn ids_that_could_leave_a_directory_are_not() {
-        for id in ["", ".", "..", "a/b", "../x", "-rf", "a b", "a\0b", "ü", &"a".repeat(129)] {
+        for id in [
+            "",
+            ".",
+            "..",
+            "a/b",
+            "../x",
+            "-rf",
+            "a b",
+            "a\0b",
+            "ü",
+            &"a".repeat(129),
+        ] {
             assert!(!is_valid_id(id), "{id}");
         }
     }

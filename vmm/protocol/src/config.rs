@@ -111,24 +111,53 @@ mod tests {
     use proptest::prelude::*;
 
     fn machine() -> MachineConfig {
-        MachineConfig { version: CONFIG_VERSION, vcpus: 2, memory_mib: 256, kernel_params: "quiet".into() }
+        MachineConfig {
+            version: CONFIG_VERSION,
+            vcpus: 2,
+            memory_mib: 256,
+            kernel_params: "quiet".into(),
+        }
     }
 
     #[test]
     fn round_trip() {
-        assert_eq!(MachineConfig::decode(&machine().encode().unwrap()).unwrap(), machine());
+        assert_eq!(
+            MachineConfig::decode(&machine().encode().unwrap()).unwrap(),
+            machine()
+        );
     }
 
     #[test]
     fn out_of_range_values_are_refused() {
         for bad in [
-            MachineConfig { version: 2, ..machine() },
-            MachineConfig { vcpus: 0, ..machine() },
-            MachineConfig { vcpus: 65, ..machine() },
-            MachineConfig { memory_mib: 0, ..machine() },
-            MachineConfig { memory_mib: u32::MAX, ..machine() },
-            MachineConfig { kernel_params: "a\nb".into(), ..machine() },
-            MachineConfig { kernel_params: "x".repeat(1025), ..machine() },
+            MachineConfig {
+                version: 2,
+                ..machine()
+            },
+            MachineConfig {
+                vcpus: 0,
+                ..machine()
+            },
+            MachineConfig {
+                vcpus: 65,
+                ..machine()
+            },
+            MachineConfig {
+                memory_mib: 0,
+                ..machine()
+            },
+            MachineConfig {
+                memory_mib: u32::MAX,
+                ..machine()
+            },
+            MachineConfig {
+                kernel_params: "a\nb".into(),
+                ..machine()
+            },
+            MachineConfig {
+                kernel_params: "x".repeat(1025),
+                ..machine()
+            },
         ] {
             let bytes = serde_json::to_vec(&bad).unwrap();
             assert!(MachineConfig::decode(&bytes).is_err(), "{bad:?}");

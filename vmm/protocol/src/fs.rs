@@ -50,7 +50,13 @@ impl RequestHeader {
     pub fn decode(packet: &[u8]) -> Option<(Self, &[u8])> {
         let (header, rest) = packet.split_first_chunk::<HEADER_LEN>()?;
         let word = u64::from_le_bytes(*header);
-        Some((Self { tag: word as u32, capacity: (word >> 32) as u32 }, rest))
+        Some((
+            Self {
+                tag: word as u32,
+                capacity: (word >> 32) as u32,
+            },
+            rest,
+        ))
     }
 }
 
@@ -63,7 +69,12 @@ impl ReplyHeader {
     /// Splits a packet into header and FUSE reply; `None` if it is too short.
     pub fn decode(packet: &[u8]) -> Option<(Self, &[u8])> {
         let (header, rest) = packet.split_first_chunk::<HEADER_LEN>()?;
-        Some((Self { tag: u64::from_le_bytes(*header) as u32 }, rest))
+        Some((
+            Self {
+                tag: u64::from_le_bytes(*header) as u32,
+            },
+            rest,
+        ))
     }
 }
 
@@ -73,12 +84,21 @@ mod tests {
 
     #[test]
     fn headers_round_trip() {
-        let request = RequestHeader { tag: 7, capacity: 4096 };
+        let request = RequestHeader {
+            tag: 7,
+            capacity: 4096,
+        };
         let mut packet = request.encode().to_vec();
         packet.extend(b"fuse");
-        assert_eq!(RequestHeader::decode(&packet), Some((request, b"fuse".as_slice())));
+        assert_eq!(
+            RequestHeader::decode(&packet),
+            Some((request, b"fuse".as_slice()))
+        );
         let reply = ReplyHeader { tag: u32::MAX };
-        assert_eq!(ReplyHeader::decode(&reply.encode()), Some((reply, b"".as_slice())));
+        assert_eq!(
+            ReplyHeader::decode(&reply.encode()),
+            Some((reply, b"".as_slice()))
+        );
     }
 
     #[test]

@@ -53,7 +53,10 @@ mod tests {
         for offer in [StreamOffer::Listen(1024), StreamOffer::Connect(u32::MAX)] {
             assert_eq!(StreamOffer::decode(&offer.encode()), Some(offer));
         }
-        assert_eq!(StreamOffer::Listen(0x0102_0304).encode(), [1, 0, 0, 0, 4, 3, 2, 1]);
+        assert_eq!(
+            StreamOffer::Listen(0x0102_0304).encode(),
+            [1, 0, 0, 0, 4, 3, 2, 1]
+        );
     }
 
     #[test]
