@@ -19,6 +19,9 @@ mod player_test;
 #[cfg(test)]
 mod sandbox_test;
 
+#[cfg(test)]
+pub(crate) use player_test::{Character, Player};
+
 use std::{
     os::fd::OwnedFd,
     path::PathBuf,
@@ -152,6 +155,25 @@ pub struct ProcessInfo {
     pub pid: i32,
     /// The exec that it is the first process of.
     pub exec: Option<String>,
+}
+
+/// Starts a sandbox whose machine is played, with its directory under `run`: for tests of what stands before the engine.
+#[cfg(test)]
+pub(crate) async fn start_played(
+    config: SandboxConfig,
+    events: tokio::sync::mpsc::UnboundedSender<Event>,
+    player: &Player,
+    run: PathBuf,
+) -> Result<std::sync::Arc<Sandbox>, StartError> {
+    // Opening the kernel, a FIFO here, must not wait.
+    let _held = player.hold();
+    let places = places::Places {
+        run,
+        kvm: "/dev/null".into(),
+        fault: None,
+        player: Some(player.clone()),
+    };
+    start::start(config, events, places).await
 }
 
 /// Locks what no panic can leave half-changed.

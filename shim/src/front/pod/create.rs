@@ -170,21 +170,30 @@ impl Pod {
     }
 
     async fn start_sandbox(&self, bundle: &Bundle) -> Result<Arc<Sandbox>, StartError> {
-        let size = Size::for_container(&bundle.outline, Host::this());
-        let config = SandboxConfig {
-            namespace: self.namespace.clone(),
-            id: self.id.clone(),
-            programs: Programs::locate()?,
-            vcpus: size.vcpus,
-            memory_mib: size.memory_mib,
-            hostname: bundle.outline.hostname.clone().unwrap_or_default(),
-            kernel_params: String::new(),
-        };
+        #[cfg(test)]
+        if let Some(stage) = &self.stage {
+            let config = self.config(bundle, stage.player.programs());
+            return stage.start(config, self.events.clone()).await;
+        }
+        let config = self.config(bundle, Programs::locate()?);
         let started = Sandbox::start(config, self.events.clone()).await;
         if let Err(StartError::Guest { console_tail, .. }) = &started {
             tracing::error!(console = console_tail, "the guest did not start");
         }
         started
+    }
+
+    fn config(&self, bundle: &Bundle, programs: Programs) -> SandboxConfig {
+        let size = Size::for_container(&bundle.outline, Host::this());
+        SandboxConfig {
+            namespace: self.namespace.clone(),
+            id: self.id.clone(),
+            programs,
+            vcpus: size.vcpus,
+            memory_mib: size.memory_mib,
+            hostname: bundle.outline.hostname.clone().unwrap_or_default(),
+            kernel_params: String::new(),
+        }
     }
 
     /// Adds an exec: `spec` is an OCI `process` object in JSON.

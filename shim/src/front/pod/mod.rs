@@ -57,6 +57,9 @@ pub struct Pod {
     handled: watch::Sender<u64>,
     /// Whether the server is to end.
     finished: watch::Sender<bool>,
+    /// Who plays the machine.
+    #[cfg(test)]
+    stage: Option<tests::Stage>,
 }
 
 #[derive(Default)]
@@ -96,8 +99,19 @@ struct Exec {
 impl Pod {
     /// A pod without containers. Its sandbox is started with the first one.
     pub fn new(namespace: String, id: String, publisher: Publisher) -> Arc<Self> {
+        let (pod, events) = Self::assemble(namespace, id, publisher);
+        let pod = Arc::new(pod);
+        tokio::spawn(pod.clone().follow(events));
+        pod
+    }
+
+    fn assemble(
+        namespace: String,
+        id: String,
+        publisher: Publisher,
+    ) -> (Self, mpsc::UnboundedReceiver<Event>) {
         let (events, receiver) = mpsc::unbounded_channel();
-        let pod = Arc::new(Self {
+        let pod = Self {
             namespace,
             id,
             publisher,
@@ -105,9 +119,10 @@ impl Pod {
             state: Mutex::default(),
             handled: watch::Sender::new(0),
             finished: watch::Sender::new(false),
-        });
-        tokio::spawn(pod.clone().follow(receiver));
-        pod
+            #[cfg(test)]
+            stage: None,
+        };
+        (pod, receiver)
     }
 
     /// Returns when the server is to end.
@@ -241,15 +256,23 @@ impl Pod {
 
     /// Ends the sandbox with all that is in it, and then the server. Returns when all is gone.
     pub async fn end(&self) {
-        let sandbox = {
+        let (first, under_way) = {
             let mut state = self.lock();
-            let first = !state.closing;
-            state.closing = true;
-            first.then(|| state.sandbox.get())
+            let first = !std::mem::replace(&mut state.closing, true);
+            let under_way = match &state.sandbox {
+                Slot::Starting(under_way) => Some(under_way.clone()),
+                Slot::Empty | Slot::Running(_) => None,
+            };
+            (first, under_way)
         };
-        let Some(sandbox) = sandbox else {
+        if !first {
             return self.finished().await;
-        };
+        }
+        if let Some(mut under_way) = under_way {
+            // Closed when the start is over, which has its own deadlines.
+            let _ = under_way.changed().await;
+        }
+        let sandbox = self.lock().sandbox.get();
         if let Some(sandbox) = sandbox {
             sandbox.shutdown().await;
         }
@@ -323,3 +346,7 @@ fn name(id: &str, exec: Option<&str>) -> String {
 fn not_found(id: &str, exec: Option<&str>) -> ttrpc::Error {
     status::engine(&EngineError::NotFound(name(id, exec)))
 }
+
+#[cfg(test)]
+#[path = "pod_test.rs"]
+mod tests;

@@ -1,0 +1,307 @@
+//! The task service's semantics, on the engine with a machine that is played.
+
+use std::{
+    fs,
+    path::PathBuf,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use containerd_shim_protos::{
+    api::{Empty, ForwardRequest},
+    events::task::{TaskDelete, TaskExit},
+    shim_async::{Events, create_events},
+};
+use protobuf::Message;
+use tempfile::TempDir;
+use tokio::{sync::mpsc::UnboundedSender, time::timeout};
+use ttrpc::asynchronous::{Server, TtrpcContext, transport::Listener};
+
+use super::*;
+use crate::engine::{Character, Player, SandboxConfig, StartError, start_played};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+const PROCESS: &str = r#"{"args":["sleep"]}"#;
+
+/// Where a played machine lives.
+pub struct Stage {
+    pub player: Player,
+    run: PathBuf,
+}
+
+impl Stage {
+    pub async fn start(
+        &self,
+        config: SandboxConfig,
+        events: UnboundedSender<Event>,
+    ) -> Result<Arc<Sandbox>, StartError> {
+        start_played(config, events, &self.player, self.run.clone()).await
+    }
+}
+
+/// containerd's ear.
+#[derive(Clone, Default)]
+struct Heard(Arc<Mutex<Vec<String>>>);
+
+#[async_trait]
+impl Events for Heard {
+    async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<Empty> {
+        let envelope = request.envelope.unwrap();
+        let value = &envelope.event.value;
+        let text = match envelope.topic.as_str() {
+            "/tasks/exit" => {
+                let exit = TaskExit::parse_from_bytes(value).unwrap();
+                format!("exit {} {}", exit.id, exit.exit_status)
+            }
+            "/tasks/delete" => {
+                let delete = TaskDelete::parse_from_bytes(value).unwrap();
+                format!("delete {} {}", delete.container_id, delete.exit_status)
+            }
+            topic => topic.trim_start_matches("/tasks/").to_owned(),
+        };
+        self.0.lock().unwrap().push(text);
+        Ok(Empty::new())
+    }
+}
+
+struct Theatre {
+    pod: Arc<Pod>,
+    heard: Heard,
+    dir: TempDir,
+    _server: Server,
+}
+
+impl Theatre {
+    async fn open() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let heard = Heard::default();
+        let address = format!("unix://{}", dir.path().join("events").display());
+        let mut server = Server::new()
+            .add_listener(Listener::bind(&address).unwrap())
+            .register_service(create_events(Arc::new(heard.clone())));
+        server.start().await.unwrap();
+        let (mut pod, events) = Pod::assemble("ns".into(), "pod".into(), Publisher::start(&address, "ns"));
+        pod.stage = Some(Stage {
+            player: Player::new(dir.path(), Character::Good),
+            run: dir.path().join("run"),
+        });
+        let pod = Arc::new(pod);
+        tokio::spawn(pod.clone().follow(events));
+        Self {
+            pod,
+            heard,
+            dir,
+            _server: server,
+        }
+    }
+
+    async fn create(&self, id: &str, command: &str) -> ttrpc::Result<u32> {
+        let bundle = self.dir.path().join(id);
+        fs::create_dir_all(bundle.join("rootfs")).unwrap();
+        let spec = serde_json::json!({ "process": { "args": [command] }, "root": { "path": "rootfs" } });
+        fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
+        let config = TaskConfig {
+            id: id.into(),
+            bundle: bundle.to_str().unwrap().into(),
+            names: Names::default(),
+            rootfs: vec![],
+            announced_rootfs: vec![],
+        };
+        soon(self.pod.create(config)).await
+    }
+
+    async fn exec(&self, id: &str, exec: &str, process: &str) -> ttrpc::Result<()> {
+        soon(self.pod.exec(id, exec, Names::default(), process.into())).await
+    }
+
+    /// What containerd was told until now.
+    async fn heard(&self) -> Vec<String> {
+        self.pod.publisher.flush(PATIENCE).await;
+        std::mem::take(&mut *self.heard.0.lock().unwrap())
+    }
+
+    /// Whether nothing of a sandbox is left.
+    fn is_bare(&self) -> bool {
+        let run = self.dir.path().join("run");
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        !mounts.contains(self.dir.path().to_str().unwrap())
+            && fs::read_dir(run).map_or(true, |mut entries| entries.next().is_none())
+    }
+}
+
+async fn soon<T>(future: impl Future<Output = T>) -> T {
+    timeout(PATIENCE, future).await.unwrap()
+}
+
+#[track_caller]
+fn code<T>(result: ttrpc::Result<T>) -> Code {
+    match result {
+        Err(ttrpc::Error::RpcStatus(status)) => status.code(),
+        Err(other) => panic!("{other}"),
+        Ok(_) => panic!("it succeeded"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_task_from_its_creation_to_the_server_s_end() {
+    let theatre = Theatre::open().await;
+    let pod = &theatre.pod;
+    let pid = theatre.create("c", "exit7").await.unwrap();
+    assert_ne!(pid, 0);
+    assert_eq!(pod.pid_of("c"), Some(pid));
+    assert_eq!(
+        fs::read_to_string(theatre.dir.path().join("c/init.pid")).unwrap(),
+        pid.to_string()
+    );
+    assert_eq!(pod.view("c", None).unwrap().status, ProcessStatus::Created);
+    assert_eq!(pod.processes("c").unwrap(), [(pid, None)]);
+    assert_eq!(code(theatre.create("c", "exit7").await), Code::ALREADY_EXISTS);
+    let waiting = tokio::spawn({
+        let pod = pod.clone();
+        async move { pod.wait("c", None).await }
+    });
+    assert_eq!(soon(pod.start("c", None)).await.unwrap(), pid);
+    assert_eq!(soon(waiting).await.unwrap().unwrap().status, 7);
+    assert_eq!(code(soon(pod.start("c", None)).await), Code::FAILED_PRECONDITION);
+    assert_eq!(code(soon(pod.kill("c", None, 9, true)).await), Code::NOT_FOUND);
+    assert_eq!(
+        code(soon(pod.kill("c", None, 65, false)).await),
+        Code::INVALID_ARGUMENT
+    );
+    assert_eq!(pod.processes("c").unwrap(), []);
+    let View { status, .. } = pod.view("c", None).unwrap();
+    assert!(matches!(status, ProcessStatus::Stopped { status: 7, .. }));
+    // While it has a container the server stays.
+    soon(pod.shutdown_if_empty()).await;
+    let (deleted, exit) = soon(pod.delete("c", None)).await.unwrap();
+    assert_eq!((deleted, exit.status), (pid, 7));
+    assert_eq!(code(soon(pod.delete("c", None)).await), Code::NOT_FOUND);
+    assert_eq!(code(soon(pod.wait("c", None)).await), Code::NOT_FOUND);
+    assert_eq!(
+        theatre.heard().await,
+        ["create", "start", "exit c 7", "delete c 7"]
+    );
+    soon(pod.shutdown_if_empty()).await;
+    soon(pod.finished()).await;
+    assert!(theatre.is_bare());
+    assert_eq!(code(theatre.create("d", "exit0").await), Code::UNAVAILABLE);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn execs_end_before_their_container() {
+    let theatre = Theatre::open().await;
+    let pod = &theatre.pod;
+    let pid = theatre.create("c", "sleep").await.unwrap();
+    soon(pod.start("c", None)).await.unwrap();
+    theatre.exec("c", "a", PROCESS).await.unwrap();
+    theatre.exec("c", "b", r#"{"args":["nope"]}"#).await.unwrap();
+    assert_eq!(code(theatre.exec("c", "a", PROCESS).await), Code::ALREADY_EXISTS);
+    assert_eq!(
+        code(theatre.exec("c", "../x", PROCESS).await),
+        Code::INVALID_ARGUMENT
+    );
+    assert_eq!(code(theatre.exec("none", "a", PROCESS).await), Code::NOT_FOUND);
+    assert_eq!(pod.view("c", Some("a")).unwrap().pid, 0);
+    assert_eq!(
+        code(soon(pod.kill("c", Some("a"), 9, false)).await),
+        Code::FAILED_PRECONDITION
+    );
+    assert_eq!(soon(pod.start("c", Some("a"))).await.unwrap(), pid);
+    assert_eq!(
+        pod.processes("c").unwrap(),
+        [(pid, None), (pid, Some("a".into()))]
+    );
+    assert_eq!(
+        code(soon(pod.delete("c", Some("a"))).await),
+        Code::FAILED_PRECONDITION
+    );
+    assert_eq!(code(soon(pod.delete("c", None)).await), Code::FAILED_PRECONDITION);
+    assert_eq!(
+        code(soon(pod.start("c", Some("b"))).await),
+        Code::INVALID_ARGUMENT
+    );
+    assert_eq!(soon(pod.delete("c", Some("b"))).await.unwrap().1.status, 127);
+    // Without a terminal there is nothing to size.
+    soon(pod.resize("c", None, 80, 24)).await.unwrap();
+    pod.close_io("c", None, true).unwrap();
+    pod.close_io("c", None, true).unwrap();
+    soon(pod.kill("c", Some("a"), 15, false)).await.unwrap();
+    assert_eq!(soon(pod.wait("c", Some("a"))).await.unwrap().status, 143);
+    assert_eq!(soon(pod.delete("c", Some("a"))).await.unwrap().1.status, 143);
+    soon(pod.kill("c", None, 9, true)).await.unwrap();
+    assert_eq!(soon(pod.wait("c", None)).await.unwrap().status, 137);
+    theatre.exec("c", "late", PROCESS).await.unwrap_err();
+    soon(pod.delete("c", None)).await.unwrap();
+    assert_eq!(
+        theatre.heard().await,
+        [
+            "create",
+            "start",
+            "exec-added",
+            "exec-added",
+            "exec-started",
+            "exit a 143",
+            "exit c 137",
+            "delete c 137"
+        ]
+    );
+    soon(pod.end()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_container_that_was_never_started_can_be_deleted() {
+    let theatre = Theatre::open().await;
+    theatre.create("c", "sleep").await.unwrap();
+    theatre.create("d", "sleep").await.unwrap();
+    assert_eq!(soon(theatre.pod.delete("c", None)).await.unwrap().1.status, 137);
+    assert_eq!(
+        theatre.pod.view("d", None).unwrap().status,
+        ProcessStatus::Created
+    );
+    assert_eq!(
+        theatre.heard().await,
+        ["create", "create", "exit c 137", "delete c 137"]
+    );
+    soon(theatre.pod.end()).await;
+    assert!(theatre.is_bare());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_command_that_is_not_there_leaves_nothing_and_the_next_one_runs() {
+    let theatre = Theatre::open().await;
+    let error = theatre.create("c", "nope").await.unwrap_err();
+    assert!(
+        error.to_string().contains("executable file not found in $PATH"),
+        "{error}"
+    );
+    assert_eq!(code::<u32>(Err(error)), Code::INVALID_ARGUMENT);
+    assert_eq!(theatre.pod.pid_of("c"), None);
+    assert!(theatre.is_bare());
+    assert_eq!(theatre.heard().await, [] as [&str; 0]);
+    soon(theatre.pod.shutdown_if_empty()).await;
+    soon(theatre.pod.finished()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_server_s_end_is_told_for_all_that_ran() {
+    let theatre = Theatre::open().await;
+    theatre.create("c", "sleep").await.unwrap();
+    soon(theatre.pod.start("c", None)).await.unwrap();
+    theatre.exec("c", "e", PROCESS).await.unwrap();
+    soon(theatre.pod.start("c", Some("e"))).await.unwrap();
+    soon(theatre.pod.end()).await;
+    let heard = theatre.heard().await;
+    assert_eq!(
+        heard,
+        [
+            "create",
+            "start",
+            "exec-added",
+            "exec-started",
+            "exit e 137",
+            "exit c 137"
+        ]
+    );
+    assert!(theatre.is_bare());
+}
