@@ -7,11 +7,8 @@ use tracing_subscriber::filter::LevelFilter;
 
 use super::{log, report, run, spec, status::chain};
 
-/// The commit that this was built from, where the build said so.
-pub const REVISION: &str = match option_env!("HUSK_REVISION") {
-    Some(revision) => revision,
-    None => "unknown",
-};
+/// The commit that this was built from, where the build said so (in the variable HUSK_REVISION).
+pub const REVISION: Option<&str> = option_env!("HUSK_REVISION");
 
 /// Exit code of what is husk's own failure and not the container's.
 pub const FAILURE: u8 = 125;
@@ -97,8 +94,11 @@ pub struct SpecArgs {
 
 fn version() -> &'static str {
     static TEXT: LazyLock<String> = LazyLock::new(|| {
+        let commit = REVISION
+            .map(|revision| format!("\ncommit: {revision}"))
+            .unwrap_or_default();
         format!(
-            "{}\ncommit: {REVISION}\nmachine protocol: {}\nOCI runtime specification: {}",
+            "{}{commit}\nmachine protocol: {}\nOCI runtime specification: {}",
             env!("CARGO_PKG_VERSION"),
             husk_vmm_protocol::config::CONFIG_VERSION,
             spec::OCI_VERSION,

@@ -79,7 +79,7 @@ fn act(args: &[OsString]) -> Result<(), ServeError> {
         Action::Version => format!(
             "containerd-shim-husk-v2:\n  Version:  {}\n  Revision: {}\n",
             env!("CARGO_PKG_VERSION"),
-            super::cli::REVISION,
+            super::cli::REVISION.unwrap_or_default(),
         )
         .into_bytes(),
         Action::Info => runtime_info(),
