@@ -28,6 +28,7 @@ use nix::{
     unistd::mkfifo,
 };
 use serde_json::Value;
+use tokio::sync::Notify;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use ttrpc::asynchronous::{Server, ServerStreamSender, TtrpcContext, transport::Listener};
 
@@ -146,6 +147,7 @@ impl Player {
             control: Mutex::new(Some(control)),
             kernel,
             streams: Mutex::default(),
+            gone: Notify::new(),
         });
         while let Some((offer, stream)) = next_offer(&vsock) {
             match offer {
@@ -189,7 +191,10 @@ fn next_offer(vsock: &OwnedFd) -> Option<(StreamOffer, UnixStream)> {
 }
 
 async fn serve(stream: UnixStream, agent: Arc<FakeAgent>) {
+    let gone = Arc::clone(&agent.machine);
+    let gone = &gone.gone;
     stream.set_nonblocking(true).unwrap();
+    let connection = stream.try_clone().unwrap();
     let stream = tokio::net::UnixStream::from_std(stream).unwrap();
     let once = futures::stream::iter([Ok(stream)]);
     let forever = futures::StreamExt::chain(once, futures::stream::pending());
@@ -197,13 +202,17 @@ async fn serve(stream: UnixStream, agent: Arc<FakeAgent>) {
         .add_listener(Listener::new(forever))
         .register_service(service::create_agent(agent));
     server.start().await.unwrap();
-    std::future::pending::<()>().await;
+    // With the machine goes the connection.
+    gone.notified().await;
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    connection.shutdown(std::net::Shutdown::Both).unwrap();
 }
 
 struct Machine {
     control: Mutex<Option<OwnedFd>>,
     kernel: File,
     streams: Mutex<HashMap<u32, UnixStream>>,
+    gone: Notify,
 }
 
 impl Machine {
@@ -444,6 +453,7 @@ impl service::Agent for FakeAgent {
             report(&control, &Report::Ended { reason });
         }
         (&self.machine.kernel).write_all(b"end\n").unwrap();
+        self.machine.gone.notify_one();
         Ok(wire::Empty::default())
     }
 

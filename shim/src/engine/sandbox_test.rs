@@ -456,6 +456,7 @@ async fn a_start_that_fails_at_any_step_leaves_nothing() {
         stage.assert_nothing_is_left();
         stage.places.fault = None;
         let (sandbox, _events) = stage.start().await;
+        soon(sandbox.ready()).await.unwrap();
         soon(sandbox.shutdown()).await;
     }
 }

@@ -3,7 +3,7 @@
 use std::{
     io,
     sync::{Arc, Mutex},
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use husk_agent_protocol::limits::is_valid_id;
@@ -40,7 +40,7 @@ use crate::{
 const MAX_HOSTNAME: usize = 64;
 
 /// How long the machine may take to tell of its own end after the agent was lost with it.
-const EXPLANATION: std::time::Duration = std::time::Duration::from_secs(2);
+const EXPLANATION: Duration = Duration::from_secs(2);
 
 /// The recipe.
 pub(super) async fn start(
@@ -125,8 +125,10 @@ pub(super) async fn start(
     let (agent, guest_events) = match connected {
         Ok(connected) => connected,
         Err(error) => {
-            // A machine that is gone can tell why; one that is not has to go.
-            let own = timeout(EXPLANATION, machine.ended()).await.ok();
+            // A machine that is gone can tell why.
+            let gone = error.kind() == io::ErrorKind::BrokenPipe;
+            let patience = if gone { EXPLANATION } else { Duration::ZERO };
+            let own = timeout(patience, machine.ended()).await.ok();
             if own.is_none() {
                 machine.kill();
                 machine.ended().await;

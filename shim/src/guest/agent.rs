@@ -104,7 +104,7 @@ pub struct Events(ClientStreamReceiver<wire::Event>);
 /// Offers the agent a connection and sends Setup on it, ahead of all other calls and without waiting for the guest.
 ///
 /// # Errors
-/// When the machine takes no offer.
+/// When the machine takes no offer: `BrokenPipe` when it is gone.
 pub async fn connect(machine: &Machine, hostname: &str) -> io::Result<(Agent, Events)> {
     let (own, guest) = stream_pair()?;
     machine.offer(StreamOffer::Listen(AGENT_PORT), guest).await?;
@@ -146,7 +146,7 @@ pub async fn connect(machine: &Machine, hostname: &str) -> io::Result<(Agent, Ev
     let events = client
         .events(Context::default(), &wire::Empty::default())
         .await
-        .map_err(|error| io::Error::other(error_text(&error)))?;
+        .map_err(|error| io::Error::new(io::ErrorKind::BrokenPipe, error_text(&error)))?;
     Ok((
         Agent {
             client,

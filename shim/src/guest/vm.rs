@@ -354,7 +354,7 @@ impl Machine {
         self.kill();
         self.vmm.ended().await;
         self.fsd.ended().await;
-        for reader in self.readers.lock().await.iter_mut() {
+        for reader in std::mem::take(&mut *self.readers.lock().await) {
             let _ = timeout(LAST_WORDS, reader).await;
         }
         told.unwrap_or_else(|| {
