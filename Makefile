@@ -72,7 +72,8 @@ check: ## formatting and lints
 .PHONY: unit
 unit: ## the tests that need no virtual machine
 	$(call say,unit and property tests)
-	tests/as-root $(CARGO) test --locked --workspace
+	@guest-image/test
+	@tests/run-unit
 
 .PHONY: e2e-programs
 e2e-programs:
