@@ -62,6 +62,9 @@ const FSMOUNT_CLOEXEC: libc::c_uint = 1;
 const FSOPEN_CLOEXEC: libc::c_uint = 1;
 const MOVE_MOUNT_F_EMPTY_PATH: libc::c_uint = 4;
 
+// SAFETY: AT_FDCWD stands for the working directory wherever a directory's descriptor is wanted.
+const AT_CWD: BorrowedFd<'static> = unsafe { BorrowedFd::borrow_raw(libc::AT_FDCWD) };
+
 const MOUNT_ATTR_NOSUID: u64 = 2;
 const MOUNT_ATTR_NODEV: u64 = 4;
 const MOUNT_ATTR_NOEXEC: u64 = 8;
@@ -230,48 +233,19 @@ fn open_path(dir: BorrowedFd<'_>, path: &CStr) -> Result<OwnedFd, Errno> {
 }
 
 /// Makes the working directory the root directory; the former root is gone from the namespace.
+///
+/// The share is a mount of its own on a host, and taken as it is. A copy would be blind for a moment: what the host
+/// mounts beneath the share does not reach a tree that is not attached anywhere.
 fn take_share_as_root() -> Result<OwnedFd, Errno> {
-    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | libc::AT_RECURSIVE as libc::c_uint;
-    // SAFETY: the path is NUL-terminated and lives through the call.
-    let tree =
-        descriptor(unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, c".".as_ptr(), flags) })?;
-    // The server makes device nodes for the guest. Were it subverted, it could not open one. (A mount that the host
-    // makes later brings its own flags along: the host is to mount with nodev too.)
-    let attributes = MountAttributes {
-        set: MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC,
-        clear: 0,
-        propagation: 0,
-        user_namespace: 0,
-    };
-    // SAFETY: the path is NUL-terminated, `attributes` has the size given; both live through the call.
-    let restricted = unsafe {
-        libc::syscall(
-            libc::SYS_mount_setattr,
-            tree.as_raw_fd(),
-            c"".as_ptr(),
-            libc::AT_EMPTY_PATH | libc::AT_RECURSIVE,
-            &raw const attributes,
-            size_of::<MountAttributes>(),
-        )
-    };
-    if restricted < 0 {
-        return Err(Errno::last());
+    let mut tree = open_path(AT_CWD, c".")?;
+    match restrict(tree.as_fd()) {
+        // A plain directory, which nothing reaches anyway.
+        Err(error) if error == Errno(libc::EINVAL) => {
+            tree = mount_on_itself()?;
+            call(unsafe_fchdir(tree.as_fd()))?;
+        }
+        other => other?,
     }
-    // SAFETY: the paths are NUL-terminated and live through the call.
-    let moved = unsafe {
-        libc::syscall(
-            libc::SYS_move_mount,
-            tree.as_raw_fd(),
-            c"".as_ptr(),
-            libc::AT_FDCWD,
-            c".".as_ptr(),
-            MOVE_MOUNT_F_EMPTY_PATH,
-        )
-    };
-    if moved < 0 {
-        return Err(Errno::last());
-    }
-    call(unsafe_fchdir(tree.as_fd()))?;
     // With both arguments the same, the old root ends up on top of the new one, whence it is detached.
     // SAFETY: the paths are NUL-terminated and live through the call.
     let pivoted = unsafe { libc::syscall(libc::SYS_pivot_root, c".".as_ptr(), c".".as_ptr()) };
@@ -283,6 +257,53 @@ fn take_share_as_root() -> Result<OwnedFd, Errno> {
     // SAFETY: the path is NUL-terminated and lives through the call.
     call(unsafe { libc::chdir(c"/".as_ptr()) })?;
     open_path(tree.as_fd(), c".")
+}
+
+/// The server makes device nodes for the guest. Were it subverted, it could not open one. (A mount that the host
+/// makes later brings its own flags along: the host is to mount with nodev too.)
+///
+/// # Errors
+/// `EINVAL` if `tree` is not the root of a mount.
+fn restrict(tree: BorrowedFd<'_>) -> Result<(), Errno> {
+    let attributes = MountAttributes {
+        set: MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC,
+        clear: 0,
+        propagation: 0,
+        user_namespace: 0,
+    };
+    // SAFETY: the path is NUL-terminated, `attributes` has the size given; both live through the call.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH | libc::AT_RECURSIVE,
+            &raw const attributes,
+            size_of::<MountAttributes>(),
+        )
+    };
+    if result < 0 { Err(Errno::last()) } else { Ok(()) }
+}
+
+/// Makes the working directory a mount of its own, restricted.
+fn mount_on_itself() -> Result<OwnedFd, Errno> {
+    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | libc::AT_RECURSIVE as libc::c_uint;
+    // SAFETY: the path is NUL-terminated and lives through the call.
+    let tree =
+        descriptor(unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, c".".as_ptr(), flags) })?;
+    restrict(tree.as_fd())?;
+    // SAFETY: the paths are NUL-terminated and live through the call.
+    let moved = unsafe {
+        libc::syscall(
+            libc::SYS_move_mount,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_FDCWD,
+            c".".as_ptr(),
+            MOVE_MOUNT_F_EMPTY_PATH,
+        )
+    };
+    if moved < 0 { Err(Errno::last()) } else { Ok(tree) }
 }
 
 fn drop_rights() -> Result<(), Errno> {
