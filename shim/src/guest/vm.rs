@@ -39,6 +39,9 @@ use crate::{
 /// How long what a child said before its end may take to be read.
 const LAST_WORDS: Duration = Duration::from_millis(500);
 
+/// How long a VMM that is ending may take to be gone: its memory and its VM are taken down.
+const DYING: Duration = Duration::from_secs(2);
+
 /// How long the VMM may take to take a stream over. It does nothing else that takes time.
 const OFFER: Duration = Duration::from_secs(10);
 
@@ -332,17 +335,20 @@ impl Machine {
                 }
             }
         };
-        let how = tokio::select! {
+        let mut how = tokio::select! {
             biased;
-            () = told_or_over => match timeout(LAST_WORDS, self.vmm.ended()).await {
+            () = told_or_over => match timeout(DYING, self.vmm.ended()).await {
                 Ok(how) => format!("husk-vmm {how}"),
                 Err(_) => "husk-vmm closed its control socket".into(),
             },
             how = self.vmm.ended() => format!("husk-vmm {how}"),
             how = self.fsd.ended() => format!("husk-fsd {how}"),
         };
-        // When the VMM ends so does the file server, and may be seen first.
-        let _ = timeout(LAST_WORDS, self.vmm.ended()).await;
+        // When the VMM ends so does the file server, which has less to take down and may be seen first.
+        match timeout(DYING, self.vmm.ended()).await {
+            Ok(vmm) if vmm.starts_with("was killed") => how = format!("husk-vmm {vmm}"),
+            _ => {}
+        }
         let _ = timeout(LAST_WORDS, async {
             while let Some(report) = self.report(&control).await {
                 if let Ok(report @ (Report::Ended { .. } | Report::Failed { .. })) = report {
