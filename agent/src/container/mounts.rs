@@ -141,6 +141,14 @@ fn plan_one(index: usize, mount: &Mount, volume: Option<PathBuf>) -> Result<Moun
 }
 
 impl MountPlan {
+    /// Where the volume is that this mounts, if it mounts one.
+    pub fn volume(&self) -> Option<&Path> {
+        match &self.source {
+            Source::Bind(path) => Some(path),
+            _ => None,
+        }
+    }
+
     /// Whether this replaces the container's `/dev` by a directory of the host, which has its own devices then.
     pub fn is_host_dev(&self) -> bool {
         matches!(self.source, Source::Bind(_)) && self.is_dev()

@@ -186,12 +186,22 @@ fn capability_sets(process: &Process) -> CapabilitySets {
             .filter_map(capability_number)
             .fold(0u64, |bits, number| bits | (1 << number))
     };
+    let (permitted, inheritable) = (bits(sets.permitted()), bits(sets.inheritable()));
+    let wanted = bits(sets.ambient());
+    // The kernel raises no others, and `runc spec` writes such: other runtimes warn and go on.
+    let ambient = wanted & permitted & inheritable;
+    if ambient != wanted {
+        crate::log::warning!(
+            "process.capabilities.ambient: {:#x} cannot be raised: not both permitted and inheritable",
+            wanted & !ambient
+        );
+    }
     CapabilitySets {
         bounding: bits(sets.bounding()),
         effective: bits(sets.effective()),
-        inheritable: bits(sets.inheritable()),
-        permitted: bits(sets.permitted()),
-        ambient: bits(sets.ambient()),
+        inheritable,
+        permitted,
+        ambient,
     }
 }
 

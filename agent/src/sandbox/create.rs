@@ -45,6 +45,7 @@ impl Sandbox {
         }
         let spec: Spec = serde_json::from_slice(&spec).map_err(|error| Fault::spec("config.json", error))?;
         let plan = ContainerPlan::new(&spec, &self.config.share.join(&id), &volumes)?;
+        create::visit_mounts(&plan);
         drop(spec);
         let Forked {
             pid,
