@@ -57,7 +57,7 @@ uninstall: ## remove what `make install` installed
 
 .PHONY: run
 run: build ## a container in a microVM; make run CMD='…' runs that in it
-	@tests/run-demo $(if $(CMD),sh -c '$(subst ','\'',$(CMD))')
+	@tests/run-demo $(if $(value CMD),sh -c '$(subst ','\'',$(value CMD))')
 
 .PHONY: test
 test: check unit e2e ## all tests
