@@ -141,19 +141,11 @@ impl From<BootArguments> for Boot {
 }
 
 impl Host {
-    fn clock_name(&self) -> &'static str {
-        if self.clock == Clock::Icount {
-            "icount"
-        } else {
-            "wall"
-        }
-    }
-
     fn run_dir(&self) -> io::Result<RunDir> {
         RunDir::open(PathBuf::from(self.ask(&[
             "run-dir",
             &self.suite,
-            self.clock_name(),
+            self.clock.name(),
         ])?))
     }
 
@@ -163,7 +155,7 @@ impl Host {
         if run_dir.running()?.is_some() {
             return Ok(());
         }
-        let parts: Parts = serde_json::from_str(&self.ask(&["parts", &self.suite, self.clock_name()])?)?;
+        let parts: Parts = serde_json::from_str(&self.ask(&["parts", &self.suite, self.clock.name()])?)?;
         run_dir.stop()?;
         run_dir.start(&parts, self.clock, Duration::from_secs(self.idle))
     }

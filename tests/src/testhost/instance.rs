@@ -201,7 +201,7 @@ impl RunDir {
             .arg(&self.0)
             .arg("--parts")
             .arg(serde_json::to_string(parts)?);
-        command.args(["--clock", if clock == Clock::Icount { "icount" } else { "wall" }]);
+        command.args(["--clock", clock.name()]);
         command.args(["--idle", &idle.as_secs().to_string()]);
         command.stdin(Stdio::null()).stdout(tell).stderr(log);
         // SAFETY: between fork and exec only setsid(2) is called.
