@@ -78,7 +78,7 @@ fn run_carries_output_errors_and_exit_code() {
 
 #[test]
 fn a_container_sees_itself_as_in_any_runtime() {
-    let script = "id -u; pwd; echo $PATH; cat /proc/1/comm; ls -d /proc/[0-9]* | wc -l; \
+    let script = "id -u; pwd; echo $PATH; cat /proc/1/comm; set -- /proc/[0-9]*; echo $# processes; \
                   test -c /dev/null && test -e /dev/pts && echo devices; \
                   grep CapEff /proc/self/status; touch /made && echo writable; \
                   echo x > /proc/sys/kernel/hostname 2>/dev/null || echo readonly-sys";

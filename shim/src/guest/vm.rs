@@ -306,9 +306,14 @@ impl Machine {
     /// Hands a stream to the VMM.
     ///
     /// # Errors
-    /// When the VMM is gone, or does not take it within [`OFFER`].
+    /// `BrokenPipe` when the VMM is gone; others when it does not take it within [`OFFER`].
     pub async fn offer(&self, offer: StreamOffer, stream: OwnedFd) -> io::Result<()> {
-        timeout(OFFER, self.channel.send(&offer.encode(), Some(stream.as_fd()))).await?
+        let sent = timeout(OFFER, self.channel.send(&offer.encode(), Some(stream.as_fd()))).await?;
+        sent.map_err(|error| match error.kind() {
+            // As the kernel calls it when earlier offers are still unread: the VMM is gone all the same.
+            io::ErrorKind::ConnectionReset => io::Error::new(io::ErrorKind::BrokenPipe, error),
+            _ => error,
+        })
     }
 
     /// Kills both programs.
