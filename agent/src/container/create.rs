@@ -34,8 +34,8 @@ use crate::{
 /// namespace before the container's is made from it.
 ///
 /// The guest's kernel mounts the share's submounts where they are first walked into. One that only the container's
-/// namespace had would go with its last process, while requests of files just closed are still under way; 6.12
-/// does not wait for those of a submount and ends in a BUG ("Busy inodes after unmount of virtiofs").
+/// namespace had would go with its last process, while requests of files just closed may still be under way. That is
+/// thought to be behind a BUG of 6.12 seen once, as a container ended: "Busy inodes after unmount of virtiofs".
 pub fn visit_mounts(plan: &ContainerPlan) {
     let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     for path in

@@ -22,9 +22,9 @@ pub const CHECKOUT_PATH: &str = "/src";
 pub enum Clock {
     /// The machine's; one processor. For everything but measurements.
     Wall,
-    /// The machine's; two processors, a thread each. For what needs two. The emulator has been seen to lose
-    /// interrupts with it (all processors idle for good, some interrupts pending), and to fault a guest's second
-    /// processor once in some hundred boots.
+    /// The machine's; two processors, a thread each. For what needs two. With it, each seen once and
+    /// not explained: the whole machine idle for good with interrupts pending, and a triple fault of a guest's second
+    /// processor as it booted.
     Smp,
     /// The number of executed instructions, 2 ns each: one processor, and times that repeat within a few percent.
     Icount,
