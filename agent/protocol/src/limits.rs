@@ -22,6 +22,9 @@ pub const MAX_MESSAGE_LEN: usize = 4096;
 /// Most processes that ListProcesses reports.
 pub const MAX_PROCESSES: usize = 32_768;
 
+/// Most bytes of cgroup files, names included, in the answer to ContainerStats.
+pub const MAX_STATS_LEN: usize = 256 << 10;
+
 /// Where the agent mounts the share in the guest.
 pub const GUEST_SHARE: &str = "/run/husk/share";
 
