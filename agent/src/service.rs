@@ -114,6 +114,7 @@ impl Agent for Service {
             request.spec_json,
             request.stdio.unwrap_or_default(),
             request.volumes,
+            request.joined_namespaces,
         );
         let mut response = CreateContainerResponse::new();
         match to_the_end(work).await {

@@ -50,6 +50,26 @@ pub unsafe fn clone3(flags: u64, cgroup: Option<BorrowedFd<'_>>) -> io::Result<O
     })
 }
 
+/// Forks with `flags` (`CLONE_NEW…`) into `cgroup` a child of this process's parent. Answers the child's pid, or
+/// `None` in the child.
+///
+/// # Safety
+///
+/// As for [`clone3`].
+pub unsafe fn clone3_sibling(flags: u64, cgroup: BorrowedFd<'_>) -> io::Result<Option<i32>> {
+    // SAFETY: all-zero is a valid clone_args. The signal at the child's exit is that of this process: none is taken.
+    let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
+    args.flags = flags | CLONE_INTO_CGROUP | libc::CLONE_PARENT as u64;
+    args.cgroup = cgroup.as_raw_fd() as u64;
+    // SAFETY: args is valid and of the size given; without CLONE_VM the child has its own stack.
+    let pid = check(unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of_val(&args)) })?;
+    Ok(if pid == 0 {
+        None
+    } else {
+        Some(i32::try_from(pid).map_err(io::Error::other)?)
+    })
+}
+
 /// openat2(2): opens `path` beneath `dir`, `flags` and `mode` as for open(2), `resolve` of `RESOLVE_…`.
 pub fn openat2(dir: BorrowedFd<'_>, path: &CStr, flags: i32, mode: u32, resolve: u64) -> io::Result<OwnedFd> {
     // SAFETY: all-zero is a valid open_how.
@@ -293,6 +313,20 @@ pub fn set_rlimit(resource: u32, soft: u64, hard: u64) -> io::Result<()> {
     Ok(())
 }
 
+/// Raises the hard limit of this process to `hard`, if it is below.
+pub fn allow_rlimit(resource: u32, hard: u64) -> io::Result<()> {
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: limit is a valid rlimit.
+    check(unsafe { libc::getrlimit(resource, &raw mut limit) }.into())?;
+    if limit.rlim_max < hard {
+        set_rlimit(resource, limit.rlim_cur, hard)?;
+    }
+    Ok(())
+}
+
 /// Sends a signal to one process (kill(2) with a pid above 0).
 pub fn kill(pid: i32, signal: i32) -> io::Result<()> {
     if pid <= 0 {
@@ -309,9 +343,10 @@ pub fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
     own(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })
 }
 
-/// Has this process's next children made in the pid namespace of the process that `pidfd` names.
-pub fn set_pid_namespace_for_children(pidfd: BorrowedFd<'_>) -> io::Result<()> {
-    // SAFETY: a descriptor and a flag.
-    check(unsafe { libc::setns(pidfd.as_raw_fd(), libc::CLONE_NEWPID) }.into())?;
+/// Enters the namespaces of `kinds` (`CLONE_NEW…`) of the process that `of`, a pidfd, names, or the one that `of` is.
+/// A pid namespace is entered by the next children only.
+pub fn enter_namespaces(of: BorrowedFd<'_>, kinds: i32) -> io::Result<()> {
+    // SAFETY: a descriptor and flags.
+    check(unsafe { libc::setns(of.as_raw_fd(), kinds) }.into())?;
     Ok(())
 }

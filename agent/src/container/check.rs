@@ -56,17 +56,8 @@ fn check_linux(linux: &Linux) -> Result<(), Fault> {
     fn any<T>(map: &Option<HashMap<String, T>>) -> bool {
         map.as_ref().is_some_and(|map| !map.is_empty())
     }
-    if some(linux.uid_mappings()) {
-        return refuse("uidMappings", "user namespaces are not supported yet");
-    }
-    if some(linux.gid_mappings()) {
-        return refuse("gidMappings", "user namespaces are not supported yet");
-    }
     if any(linux.net_devices()) {
         return refuse("netDevices", "is not supported yet");
-    }
-    if any(linux.time_offsets()) {
-        return refuse("timeOffsets", "time namespaces are not supported yet");
     }
     if linux.memory_policy().is_some() {
         return refuse("memoryPolicy", "the guest has no NUMA");
@@ -99,14 +90,6 @@ mod tests {
             (
                 "hooks.startContainer",
                 r#"{"hooks":{"startContainer":[{"path":"/x"}]}}"#,
-            ),
-            (
-                "linux.uidMappings",
-                r#"{"linux":{"uidMappings":[{"hostID":1,"containerID":0,"size":1}]}}"#,
-            ),
-            (
-                "linux.timeOffsets",
-                r#"{"linux":{"timeOffsets":{"boottime":{"secs":1}}}}"#,
             ),
             (
                 "linux.seccomp",

@@ -6,7 +6,7 @@ use std::{
     convert::Infallible,
     ffi::{CStr, CString},
     io,
-    os::fd::{AsFd, AsRawFd, OwnedFd},
+    os::fd::{AsFd, OwnedFd},
     path::Path,
 };
 
@@ -20,8 +20,11 @@ use nix::{
 
 use super::{
     devices,
+    namespaces::Namespaces,
     plan::ContainerPlan,
     root::{Kind, Root},
+    stage::{Handed, Stage},
+    user,
 };
 use crate::{
     fault::Fault,
@@ -46,17 +49,31 @@ pub fn visit_mounts(plan: &ContainerPlan) {
     }
 }
 
-/// Makes the container that `plan` says and execs its command when the agent says go.
+/// Makes the container that `plan` says and execs its command when the agent says go. `stage` is what has been entered
+/// before, and `handed` what was made there.
 pub fn run(
     id: &str,
     plan: &ContainerPlan,
+    stage: Option<(&Stage, Handed)>,
     stdio: &ProcessEnd,
     reporter: &Reporter,
 ) -> Result<Infallible, Fault> {
-    enter::prepare(&plan.process)?;
+    let mut handed = Handed::default();
+    let mut in_user_namespace = false;
+    match stage {
+        None => enter::prepare(&plan.process)?,
+        Some((stage, made)) => {
+            handed = made;
+            in_user_namespace = stage.user.is_some();
+            if in_user_namespace {
+                user::become_root()?;
+            }
+            stage.join_cgroup()?;
+        }
+    }
     let keyring = CString::new(format!("_ses.{id}")).unwrap_or_default();
     sys::join_session_keyring(&keyring).map_err(|error| Fault::system("session keyring", error))?;
-    if plan.namespaces.cgroup {
+    if plan.namespaces.cgroup.is_new() {
         unshare(CloneFlags::CLONE_NEWCGROUP).map_err(|error| Fault::system("cgroup namespace", error))?;
     }
     if let Some(hostname) = &plan.hostname {
@@ -66,13 +83,20 @@ pub fn run(
         set_domainname(domainname).map_err(|error| Fault::system("set domainname", error))?;
     }
     // While the guest's own /proc is still there; a container need not have one.
-    plan.sysctls.iter().try_for_each(|sysctl| sysctl.apply())?;
+    for sysctl in &plan.sysctls {
+        if !(in_user_namespace && sysctl.is_of_network()) {
+            sysctl.apply()?;
+        }
+    }
 
     let root = attach_root(&plan.rootfs)?;
-    plan.mounts.iter().try_for_each(|mount| mount.apply(&root))?;
-    if !plan.mounts.iter().any(|mount| mount.is_host_dev()) {
-        devices::make(&plan.devices, &root)?;
+    for (index, mount) in plan.mounts.iter().enumerate() {
+        mount.apply(&root, handed.mounts.get(&index))?;
     }
+    if !plan.mounts.iter().any(|mount| mount.is_host_dev()) {
+        devices::make(&plan.devices, &handed.devices, &root)?;
+    }
+    drop(handed);
     let cwd = Path::new(plan.process.cwd.to_str().unwrap_or("/"));
     if cwd != Path::new("/") {
         root.ensure(cwd, Kind::Directory)
@@ -190,18 +214,19 @@ fn existing(path: &CStr) -> io::Result<Option<OwnedFd>> {
 }
 
 /// What a process that joins a running container does between fork and exec. It is in the container's pid
-/// namespace and cgroup already; `init` is a pidfd of the container's init process.
+/// namespace and cgroup already; `init` is a pidfd of the container's init process, `namespaces` what the container has.
 pub fn join(
     plan: &crate::process::plan::ProcessPlan,
     init: &OwnedFd,
+    namespaces: &Namespaces,
     stdio: &ProcessEnd,
     reporter: &Reporter,
 ) -> Result<Infallible, Fault> {
     enter::prepare(plan)?;
-    let namespaces = libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS | libc::CLONE_NEWCGROUP;
-    // SAFETY: a descriptor and flags.
-    if unsafe { libc::setns(init.as_raw_fd(), namespaces) } < 0 {
-        return Err(Fault::system("join the container", Errno::last()));
+    sys::enter_namespaces(init.as_fd(), namespaces.enter_flags())
+        .map_err(|error| Fault::system("join the container", error))?;
+    if namespaces.user.is_separate() {
+        user::become_root()?;
     }
     let terminal = enter::connect(plan, stdio)?;
     enter::exec(plan, terminal, reporter, false)

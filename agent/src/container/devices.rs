@@ -1,20 +1,24 @@
 //! `/dev`: the devices that every container has, those of `linux.devices`, and the usual links.
 
 use std::{
+    collections::HashMap,
     io,
-    os::fd::{AsFd, BorrowedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
 use nix::{
     errno::Errno,
-    fcntl::AtFlags,
+    fcntl::{AtFlags, OFlag, openat},
     sys::stat::{FchmodatFlags, Mode, SFlag, fchmodat, fstatat, major, makedev, minor, mknodat},
     unistd::{Gid, Uid, fchownat, symlinkat},
 };
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceType};
 
-use super::root::{Kind, Root};
+use super::{
+    root::{Kind, Root},
+    user::Mappings,
+};
 use crate::{fault::Fault, sys};
 
 /// (path, major, minor) of the devices of every container; all are character devices of mode 0666.
@@ -110,11 +114,17 @@ fn plan_one(field: &str, device: &LinuxDevice) -> Result<DevicePlan, Fault> {
     })
 }
 
-/// Makes the nodes and the links in `root`.
-pub fn make(plans: &[DevicePlan], root: &Root) -> Result<(), Fault> {
-    for plan in plans {
-        plan.make(root)
-            .map_err(|error| Fault::system(format_args!("make {}", plan.path.display()), error))?;
+/// Makes the nodes and the links in `root`. Those in `handed`, by their index in `plans`, have been made already as
+/// detached mounts, since a user namespace has no device nodes of its own.
+pub fn make(plans: &[DevicePlan], handed: &HashMap<usize, OwnedFd>, root: &Root) -> Result<(), Fault> {
+    for (index, plan) in plans.iter().enumerate() {
+        let made = match handed.get(&index) {
+            Some(node) => root
+                .ensure(&plan.path, Kind::File)
+                .and_then(|(place, _)| sys::attach_tree(node.as_fd(), place.as_fd())),
+            None => plan.make(root),
+        };
+        made.map_err(|error| Fault::system(format_args!("make {}", plan.path.display()), error))?;
     }
     let failed = |error: io::Error| Fault::system("links in /dev", error);
     let (dev, _) = root.ensure(Path::new("/dev"), Kind::Directory).map_err(failed)?;
@@ -150,21 +160,61 @@ impl DevicePlan {
             }
             Err(error) => return Err(error.into()),
         }
-        fchownat(
-            &parent,
+        self.set_access(parent.as_fd(), Path::new(name), self.uid, self.gid)?;
+        Ok(())
+    }
+}
+
+impl DevicePlan {
+    /// Makes the node in `directory`, of an attached mount, under the name `index`, and answers a detached mount of it;
+    /// `None` for a FIFO, which anybody can make.
+    pub fn make_outside(
+        &self,
+        directory: BorrowedFd<'_>,
+        index: usize,
+        mappings: &Mappings,
+    ) -> Result<Option<OwnedFd>, Fault> {
+        if self.kind == SFlag::S_IFIFO {
+            return Ok(None);
+        }
+        let field = |name: &str| format!("linux.devices ({}).{name}", self.path.display());
+        let uid = mappings.user(self.uid);
+        let uid = uid.ok_or_else(|| Fault::spec(field("uid"), "is not mapped by linux.uidMappings"))?;
+        let gid = mappings.group(self.gid);
+        let gid = gid.ok_or_else(|| Fault::spec(field("gid"), "is not mapped by linux.gidMappings"))?;
+        let failed = |error: Errno| Fault::system(format_args!("make {}", self.path.display()), error);
+        let name = index.to_string();
+        let name = Path::new(&name);
+        mknodat(directory, name, self.kind, Mode::empty(), self.number).map_err(failed)?;
+        self.set_access(directory, name, uid, gid).map_err(failed)?;
+        let node = openat(
+            directory,
             name,
-            Some(Uid::from_raw(self.uid)),
-            Some(Gid::from_raw(self.gid)),
+            OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC,
+            Mode::empty(),
+        )
+        .map_err(failed)?;
+        let tree = sys::clone_tree(node.as_fd(), false);
+        tree.map(Some)
+            .map_err(|error| Fault::system(format_args!("make {}", self.path.display()), error))
+    }
+
+    /// The owner and the mode of a node just made.
+    fn set_access(&self, directory: BorrowedFd<'_>, name: &Path, uid: u32, gid: u32) -> Result<(), Errno> {
+        fchownat(
+            directory,
+            name,
+            Some(Uid::from_raw(uid)),
+            Some(Gid::from_raw(gid)),
             AtFlags::AT_SYMLINK_NOFOLLOW,
         )?;
         // The node is new and the container not yet running: nobody can have put a link here.
         fchmodat(
-            &parent,
+            directory,
             name,
             Mode::from_bits_truncate(self.mode),
             FchmodatFlags::FollowSymlink,
-        )?;
-        Ok(())
+        )
     }
 }
 

@@ -11,4 +11,7 @@ pub mod namespaces;
 pub mod plan;
 pub mod resources;
 pub mod root;
+pub mod stage;
 pub mod sysctl;
+pub mod time;
+pub mod user;

@@ -158,8 +158,14 @@ impl MountPlan {
         Path::new("/dev") == self.destination
     }
 
-    /// Mounts it in `root`, in the calling process's mount namespace.
-    pub fn apply(&self, root: &Root) -> Result<(), Fault> {
+    /// Whether only the sandbox's root can make it, since it shows the sandbox's network.
+    pub fn is_of_sandbox(&self) -> bool {
+        matches!(&self.source, Source::New(kind, _) if kind.as_c_str() == c"sysfs")
+    }
+
+    /// Mounts it in `root`, in the calling process's mount namespace. `handed` is the new file system if it has been
+    /// made already ([`Self::make_new`]).
+    pub fn apply(&self, root: &Root, handed: Option<&OwnedFd>) -> Result<(), Fault> {
         let failed = |what: &'static str| {
             let name = &self.name;
             move |error: std::io::Error| Fault::system(format_args!("{name}: {what}"), error)
@@ -198,7 +204,11 @@ impl MountPlan {
                 } else {
                     None
                 };
-                (self.make(kind, source.as_ref(), mode)?, place)
+                let tree = match handed {
+                    Some(tree) => tree.try_clone().map_err(failed("use the file system"))?,
+                    None => self.make(kind, source.as_ref(), mode)?,
+                };
+                (tree, place)
             }
         };
         let options = &self.options;
@@ -214,6 +224,18 @@ impl MountPlan {
                 .map_err(failed("set propagation"))?;
         }
         Ok(())
+    }
+
+    /// The new file system that this mounts, detached and without the attributes of the mount.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses; or it is a bind mount.
+    pub fn make_new(&self, mode: Option<u32>) -> Result<OwnedFd, Fault> {
+        match &self.source {
+            Source::New(kind, source) => self.make(kind, source.as_ref(), mode),
+            Source::Bind(_) => Err(Fault::spec(&self.name, "is no new file system")),
+        }
     }
 
     /// A new file system. A tmpfs over a directory takes its mode, unless the options say otherwise.

@@ -6,9 +6,11 @@ use oci_spec::runtime::{LinuxPersonalityDomain, Spec};
 
 use super::{
     check, devices, mount_options, mounts,
-    namespaces::Namespaces,
+    namespaces::{Namespaces, Origin},
     resources::{self, Setting},
     sysctl::Sysctl,
+    time::TimeOffsets,
+    user::Mappings,
 };
 use crate::{fault::Fault, process::plan::ProcessPlan};
 
@@ -17,6 +19,9 @@ use crate::{fault::Fault, process::plan::ProcessPlan};
 pub struct ContainerPlan {
     pub process: ProcessPlan,
     pub namespaces: Namespaces,
+    /// Of a user namespace, if the spec has them: always with a new one.
+    pub mappings: Option<Mappings>,
+    pub time_offsets: TimeOffsets,
     /// The root file system, a path of the guest.
     pub rootfs: PathBuf,
     pub read_only: bool,
@@ -35,12 +40,18 @@ pub struct ContainerPlan {
 }
 
 impl ContainerPlan {
-    /// Reads `spec`. `directory` is the container's directory in the share, `volumes` as in [`mounts::plan`].
+    /// Reads `spec`. `directory` is the container's directory in the share, `volumes` as in [`mounts::plan`], `joined`
+    /// as in [`Namespaces::new`].
     ///
     /// # Errors
     ///
     /// A field is wrong, or is one that husk does not apply.
-    pub fn new(spec: &Spec, directory: &Path, volumes: &HashMap<u32, u32>) -> Result<Self, Fault> {
+    pub fn new(
+        spec: &Spec,
+        directory: &Path,
+        volumes: &HashMap<u32, u32>,
+        joined: &HashMap<String, String>,
+    ) -> Result<Self, Fault> {
         check::check(spec)?;
         let process = spec
             .process()
@@ -48,10 +59,28 @@ impl ContainerPlan {
             .ok_or_else(|| Fault::spec("process", "is required"))?;
         let process = ProcessPlan::new(process, "process")?;
         let linux = spec.linux().clone().unwrap_or_default();
-        let namespaces = Namespaces::new(linux.namespaces().as_deref().unwrap_or_default())?;
+        let namespaces = Namespaces::new(linux.namespaces().as_deref().unwrap_or_default(), joined)?;
+        let mappings = Mappings::new(&linux)?;
+        match (&namespaces.user, &mappings) {
+            (Origin::New, None) => {
+                return Err(Fault::spec(
+                    "linux.uidMappings",
+                    "user namespaces enabled, but no user mapping found",
+                ));
+            }
+            (Origin::Sandbox, Some(_)) => {
+                return Err(Fault::spec(
+                    "linux.uidMappings",
+                    "user namespace mappings specified, but user namespace isn't enabled in the config",
+                ));
+            }
+            _ => {}
+        }
         let name = |field: &str, name: &Option<String>| match name.as_deref() {
             None | Some("") => Ok(None),
-            Some(_) if !namespaces.uts => Err(Fault::spec(field, "needs a UTS namespace of its own")),
+            Some(_) if !namespaces.uts.is_separate() => {
+                Err(Fault::spec(field, "needs a UTS namespace of its own"))
+            }
             // The kernel's __NEW_UTS_LEN.
             Some(name) if name.len() > 64 => Err(Fault::spec(field, "is longer than 64 bytes")),
             Some(name) => Ok(Some(name.to_owned())),
@@ -67,7 +96,7 @@ impl ContainerPlan {
         };
         let mut sysctls = Vec::new();
         for (key, value) in linux.sysctl().iter().flatten() {
-            sysctls.push(Sysctl::new(key, value, namespaces)?);
+            sysctls.push(Sysctl::new(key, value, &namespaces)?);
         }
         let mounts = mounts::plan(
             spec.mounts().as_deref().unwrap_or_default(),
@@ -76,7 +105,8 @@ impl ContainerPlan {
         )?;
         Ok(Self {
             process,
-            namespaces,
+            time_offsets: TimeOffsets::new(linux.time_offsets(), namespaces.time.is_new())?,
+            mappings,
             rootfs: directory.join("rootfs"),
             read_only: spec
                 .root()
@@ -90,6 +120,7 @@ impl ContainerPlan {
             read_only_paths: paths("linux.readonlyPaths", linux.readonly_paths())?,
             hostname: name("hostname", spec.hostname())?,
             domainname: name("domainname", spec.domainname())?,
+            namespaces,
             sysctls,
             settings: linux
                 .resources()
@@ -124,7 +155,7 @@ mod tests {
 
     fn plan(json: &str) -> Result<ContainerPlan, Fault> {
         let spec = serde_json::from_str(json).unwrap();
-        ContainerPlan::new(&spec, Path::new("/share/c"), &HashMap::new())
+        ContainerPlan::new(&spec, Path::new("/share/c"), &HashMap::new(), &HashMap::new())
     }
 
     const PROCESS: &str = r#""process":{"user":{},"cwd":"/","args":["sh"]}"#;
@@ -186,6 +217,9 @@ mod tests {
                 "linux",
                 "namespaces",
                 "type",
+                "uidMappings",
+                "hostID",
+                "timeOffsets",
                 "mounts",
                 "destination",
                 "options",
@@ -214,14 +248,14 @@ mod tests {
         #[test]
         fn any_document_is_a_plan_or_a_fault(value in json()) {
             if let Ok(spec) = serde_json::from_value::<Spec>(value) {
-                let _ = ContainerPlan::new(&spec, Path::new("/share/c"), &HashMap::new());
+                let _ = ContainerPlan::new(&spec, Path::new("/share/c"), &HashMap::new(), &HashMap::new());
             }
         }
 
         #[test]
         fn any_bytes_are_a_plan_or_a_fault(bytes in prop::collection::vec(any::<u8>(), 0..256)) {
             if let Ok(spec) = serde_json::from_slice::<Spec>(&bytes) {
-                let _ = ContainerPlan::new(&spec, Path::new("/share/c"), &HashMap::new());
+                let _ = ContainerPlan::new(&spec, Path::new("/share/c"), &HashMap::new(), &HashMap::new());
             }
         }
     }

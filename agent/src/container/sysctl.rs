@@ -32,7 +32,7 @@ impl Sysctl {
     /// # Errors
     ///
     /// It belongs to the kernel, or to a namespace that the container shares.
-    pub fn new(key: &str, value: &str, namespaces: Namespaces) -> Result<Self, Fault> {
+    pub fn new(key: &str, value: &str, namespaces: &Namespaces) -> Result<Self, Fault> {
         let field = format!("linux.sysctl ({key})");
         // `net.ipv4.conf.eth0.forwarding`, or with slashes where a name holds a dot.
         let path = if key.contains('/') {
@@ -43,9 +43,9 @@ impl Sysctl {
         let own = if path.starts_with("net/") {
             true
         } else if IPC.contains(&path.as_str()) || path.starts_with("fs/mqueue/") {
-            namespaces.ipc
+            namespaces.ipc.is_separate()
         } else {
-            path == "kernel/domainname" && namespaces.uts
+            path == "kernel/domainname" && namespaces.uts.is_separate()
         };
         if !own {
             return Err(Fault::spec(field, "is not in a separate kernel namespace"));
@@ -56,6 +56,11 @@ impl Sysctl {
             path,
             value: value.to_owned(),
         })
+    }
+
+    /// Whether it is of the sandbox's network, which only the sandbox's root may change.
+    pub fn is_of_network(&self) -> bool {
+        self.path.as_bytes().starts_with(b"net/")
     }
 
     /// Writes it, in the calling process's namespaces.
@@ -72,25 +77,26 @@ impl Sysctl {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::container::namespaces::Origin;
 
     #[test]
     fn only_settings_of_own_namespaces_are_taken() {
         let own = Namespaces {
-            ipc: true,
+            ipc: Origin::New,
             ..Default::default()
         };
         assert_eq!(
-            Sysctl::new("net.ipv4.ip_forward", "1", own)
+            Sysctl::new("net.ipv4.ip_forward", "1", &own)
                 .unwrap()
                 .path
                 .as_c_str(),
             c"net/ipv4/ip_forward"
         );
-        assert!(Sysctl::new("net/ipv4/conf/eth0.1/forwarding", "1", own).is_ok());
-        assert!(Sysctl::new("kernel.shmmax", "1", own).is_ok());
-        assert!(Sysctl::new("kernel.shmmax", "1", Namespaces::default()).is_err());
-        assert!(Sysctl::new("kernel.domainname", "x", own).is_err());
-        let fault = Sysctl::new("vm.swappiness", "1", own).unwrap_err();
+        assert!(Sysctl::new("net/ipv4/conf/eth0.1/forwarding", "1", &own).is_ok());
+        assert!(Sysctl::new("kernel.shmmax", "1", &own).is_ok());
+        assert!(Sysctl::new("kernel.shmmax", "1", &Namespaces::default()).is_err());
+        assert!(Sysctl::new("kernel.domainname", "x", &own).is_err());
+        let fault = Sysctl::new("vm.swappiness", "1", &own).unwrap_err();
         assert_eq!(
             fault.message,
             "linux.sysctl (vm.swappiness): is not in a separate kernel namespace"
@@ -100,7 +106,7 @@ mod tests {
     #[test]
     fn a_key_cannot_leave_proc_sys() {
         let own = Namespaces::default();
-        let sysctl = Sysctl::new("net/../../../tmp/x", "1", own).unwrap();
+        let sysctl = Sysctl::new("net/../../../tmp/x", "1", &own).unwrap();
         assert!(sysctl.apply().is_err());
     }
 }

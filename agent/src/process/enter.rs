@@ -29,6 +29,12 @@ pub fn prepare(plan: &ProcessPlan) -> Result<(), Fault> {
     if let Some((class, level)) = plan.io_priority {
         sys::set_io_priority(class, level).map_err(|error| Fault::system("set process.ioPriority", error))?;
     }
+    // The root of a user namespace could not raise them later.
+    for (resource, _, hard) in &plan.rlimits {
+        sys::allow_rlimit(*resource, *hard).map_err(|error| {
+            Fault::system(format_args!("set process.rlimits: resource {resource}"), error)
+        })?;
+    }
     Ok(())
 }
 

@@ -10,6 +10,7 @@ use husk_agent_protocol::limits::MAX_MESSAGE_LEN;
 use nix::{
     cmsg_space,
     errno::Errno,
+    poll::{PollFd, PollFlags},
     sys::{
         signal::{SigHandler, SigSet, SigmaskHow, Signal, signal, sigprocmask},
         socket::{
@@ -21,6 +22,9 @@ use nix::{
 use tokio::io::{Interest, unix::AsyncFd};
 
 use crate::{fault::Fault, sys};
+
+/// How long a process in between may take, in milliseconds.
+const STAGE: u16 = 10_000;
 
 const READY: u8 = b'r';
 const GO: u8 = b'g';
@@ -140,6 +144,106 @@ pub fn fork(
     keep: &[RawFd],
     child: impl FnOnce(&Reporter) -> Fault,
 ) -> Result<(i32, Channel), Fault> {
+    let (channel, theirs) = socket()?;
+    // SAFETY: the agent is single-threaded by construction (a current-thread runtime, no blocking tasks).
+    let forked = unsafe { sys::clone3(flags, Some(cgroup)) };
+    match forked.map_err(|error| Fault::system("fork", error))? {
+        Some(pid) => Ok((pid, channel)),
+        None => end(Reporter(theirs), |reporter| match first_steps(reporter, keep) {
+            Ok(()) => child(reporter),
+            Err(fault) => fault,
+        }),
+    }
+}
+
+/// As [`fork`], but by a process in between, which stays in the agent's cgroup: it runs `stage`, and what it has
+/// become (ids, namespaces, limits) the child inherits, which gets what `stage` answered. The child is the agent's
+/// own all the same.
+///
+/// The agent waits for the process in between, whose few system calls wait for nobody.
+pub fn fork_through<T>(
+    stage: impl FnOnce() -> Result<T, Fault>,
+    flags: u64,
+    cgroup: BorrowedFd<'_>,
+    keep: &[RawFd],
+    child: impl FnOnce(&Reporter, T) -> Fault,
+) -> Result<(i32, Channel), Fault> {
+    let (channel, theirs) = socket()?;
+    let (answer, question) =
+        nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(|error| Fault::system("pipe", error))?;
+    let mut keep = keep.to_vec();
+    keep.extend([cgroup.as_raw_fd(), question.as_raw_fd()]);
+    // SAFETY: as in `fork`.
+    let forked = unsafe { sys::clone3(0, None) };
+    let Some(between) = forked.map_err(|error| Fault::system("fork", error))? else {
+        end(Reporter(theirs), |reporter| {
+            let staged = first_steps(reporter, &keep).and_then(|()| stage());
+            let staged = match staged {
+                Ok(staged) => staged,
+                Err(fault) => return fault,
+            };
+            // SAFETY: this process has one thread, as the agent has.
+            match unsafe { sys::clone3_sibling(flags, cgroup) } {
+                Err(error) => Fault::system("fork", error),
+                Ok(Some(pid)) => {
+                    // If the agent does not read it, it gives up, and the child with it.
+                    let _ = nix::unistd::write(&question, &pid.to_ne_bytes());
+                    // SAFETY: ends this process without running the exit handlers that belong to the agent.
+                    unsafe { libc::_exit(0) }
+                }
+                Ok(None) => {
+                    drop(question);
+                    match nix::unistd::setsid() {
+                        Ok(_) => child(reporter, staged),
+                        Err(error) => Fault::system("setsid", error),
+                    }
+                }
+            }
+        })
+    };
+    drop((theirs, question));
+    match read_pid(&answer) {
+        Ok(pid) => Ok((pid, channel)),
+        // It reports why, or is gone.
+        Err(Errno::EPIPE) => Err(
+            match wait(channel.0.as_fd()).and_then(|()| receive(channel.0.as_raw_fd())) {
+                Ok(Report::Fault(fault)) => fault,
+                _ => Fault::system("the process in between ended", Errno::EPIPE),
+            },
+        ),
+        Err(error) => {
+            // Not reaped, so the pid is its own still. A child it may have made ends with its channel.
+            let _ = sys::kill(between, libc::SIGKILL);
+            Err(Fault::system("wait for the process in between", error))
+        }
+    }
+}
+
+/// The number that the process in between writes; EPIPE if it ends without.
+fn read_pid(answer: &OwnedFd) -> Result<i32, Errno> {
+    wait(answer.as_fd())?;
+    let mut pid = [0u8; 4];
+    match nix::unistd::read(answer, &mut pid)? {
+        4 => Ok(i32::from_ne_bytes(pid)),
+        _ => Err(Errno::EPIPE),
+    }
+}
+
+/// Waits until there is something to read, or an end.
+fn wait(fd: BorrowedFd<'_>) -> Result<(), Errno> {
+    let mut poll = [PollFd::new(fd, PollFlags::POLLIN)];
+    loop {
+        match nix::poll::poll(&mut poll, STAGE) {
+            Ok(0) => return Err(Errno::ETIMEDOUT),
+            Ok(_) => return Ok(()),
+            Err(Errno::EINTR) => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// The two ends of a child's socket.
+fn socket() -> Result<(Channel, OwnedFd), Fault> {
     let failed = |error: Errno| Fault::system("socketpair", error);
     let (ours, theirs) = socketpair(
         AddressFamily::Unix,
@@ -157,22 +261,16 @@ pub fn fork(
     let channel = sys::watch(ours, Interest::READABLE)
         .map(Channel)
         .map_err(|error| Fault::system("watch a socket", error))?;
-    // SAFETY: the agent is single-threaded by construction (a current-thread runtime, no blocking tasks).
-    let forked = unsafe { sys::clone3(flags, Some(cgroup)) };
-    match forked.map_err(|error| Fault::system("fork", error))? {
-        Some(pid) => Ok((pid, channel)),
-        None => {
-            FORKED.store(true, Ordering::Relaxed);
-            let reporter = Reporter(theirs);
-            let fault = match first_steps(&reporter, keep) {
-                Ok(()) => child(&reporter),
-                Err(fault) => fault,
-            };
-            reporter.fault(&fault);
-            // SAFETY: ends this process without running the exit handlers that belong to the agent.
-            unsafe { libc::_exit(fault.kind.exit_code()) }
-        }
-    }
+    Ok((channel, theirs))
+}
+
+/// A forked child's life: `work` until its exec, or else the report of its fault.
+fn end(reporter: Reporter, work: impl FnOnce(&Reporter) -> Fault) -> ! {
+    FORKED.store(true, Ordering::Relaxed);
+    let fault = work(&reporter);
+    reporter.fault(&fault);
+    // SAFETY: ends this process without running the exit handlers that belong to the agent.
+    unsafe { libc::_exit(fault.kind.exit_code()) }
 }
 
 fn first_steps(reporter: &Reporter, keep: &[RawFd]) -> Result<(), Fault> {

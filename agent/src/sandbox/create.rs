@@ -2,6 +2,7 @@
 
 use std::{
     collections::{HashMap, hash_map::Entry},
+    os::fd::{AsFd, AsRawFd},
     sync::Arc,
     time::Duration,
 };
@@ -12,13 +13,13 @@ use oci_spec::runtime::Spec;
 use super::{
     Error, Sandbox,
     launching::{Forked, copy, descriptors, process_stdio, ready},
-    state::{Container, Phase, Process},
+    state::{Container, Phase, Process, State},
 };
 use crate::{
-    container::{cgroup::Cgroup, create, plan::ContainerPlan},
+    container::{cgroup::Cgroup, create, namespaces::Origin, plan::ContainerPlan, stage::Stage},
     fault::Fault,
     log,
-    process::launch,
+    process::launch::{self, Reporter},
     stdio, sys,
 };
 
@@ -33,6 +34,7 @@ impl Sandbox {
         spec: Vec<u8>,
         ports: messages::Stdio,
         volumes: HashMap<u32, u32>,
+        joined: HashMap<String, String>,
     ) -> Result<i32, Error> {
         let mut is_set_up = self.is_set_up.subscribe();
         if tokio::time::timeout(SETUP, is_set_up.wait_for(|done| *done))
@@ -44,7 +46,7 @@ impl Sandbox {
             ));
         }
         let spec: Spec = serde_json::from_slice(&spec).map_err(|error| Fault::spec("config.json", error))?;
-        let plan = ContainerPlan::new(&spec, &self.config.share.join(&id), &volumes)?;
+        let plan = ContainerPlan::new(&spec, &self.config.share.join(&id), &volumes, &joined)?;
         create::visit_mounts(&plan);
         drop(spec);
         let Forked {
@@ -84,20 +86,41 @@ impl Sandbox {
         ports: &messages::Stdio,
     ) -> Result<Forked, Error> {
         let mut state = self.state();
+        if state.containers.contains_key(id) {
+            return Err(Error::AlreadyExists(format!("container {id}")));
+        }
+        let stage = if plan.namespaces.need_stage() {
+            Some(state.stage(plan)?)
+        } else {
+            None
+        };
         let Entry::Vacant(place) = state.containers.entry(id.to_owned()) else {
             return Err(Error::AlreadyExists(format!("container {id}")));
         };
-        let (process_end, pipes) = process_stdio(&plan.process, ports)?;
+        let mappings = stage.as_ref().and_then(|stage| stage.user.as_ref());
+        let mappings = mappings.map(|(_, mappings)| mappings.clone());
+        let (process_end, pipes) = process_stdio(&plan.process, mappings.as_ref(), ports)?;
         let cgroup = Cgroup::create(self.config.cgroups.join(id), &plan.settings)?;
-        let forked = launch::fork(
-            plan.namespaces.clone_flags(),
-            cgroup.directory(),
-            &descriptors(&process_end),
-            |reporter| match create::run(id, plan, &process_end, reporter) {
-                Err(fault) => fault,
-                Ok(never) => match never {},
-            },
-        );
+        let mut keep = descriptors(&process_end);
+        let run = |stage, reporter: &Reporter| match create::run(id, plan, stage, &process_end, reporter) {
+            Err(fault) => fault,
+            Ok(never) => match never {},
+        };
+        let flags = plan.namespaces.clone_flags();
+        let forked = match &stage {
+            None => launch::fork(flags, cgroup.directory(), &keep, |reporter| run(None, reporter)),
+            Some(stage) => {
+                keep.extend(stage.joined.iter().map(|(_, pidfd)| pidfd.as_raw_fd()));
+                keep.extend(stage.user.iter().map(|(namespace, _)| namespace.as_raw_fd()));
+                launch::fork_through(
+                    || stage.enter(plan),
+                    flags,
+                    cgroup.directory(),
+                    &keep,
+                    |reporter, handed| run(Some((stage, handed)), reporter),
+                )
+            }
+        };
         let (pid, channel) = match forked {
             Ok(forked) => forked,
             Err(fault) => {
@@ -133,7 +156,8 @@ impl Sandbox {
             pidfd: Arc::new(pidfd),
             execs: HashMap::new(),
             cgroup,
-            has_pid_namespace: plan.namespaces.pid,
+            namespaces: plan.namespaces.clone(),
+            mappings,
             oom_kills: 0,
             oom_watch,
             deleting: false,
@@ -157,5 +181,53 @@ impl Sandbox {
         if let Err(error) = cgroup.remove().await {
             log::error!("container {id}: remove the cgroup: {error}");
         }
+    }
+}
+
+impl State {
+    /// The namespaces that have to be entered before `plan` can be carried out.
+    fn stage(&mut self, plan: &ContainerPlan) -> Result<Stage, Error> {
+        let mut joined = Vec::new();
+        let mut user = None;
+        for (id, kinds) in plan.namespaces.joined() {
+            let container = self.container(id)?;
+            if !container.init.phase.can_be_joined() || container.deleting {
+                return Err(Error::FailedPrecondition(format!(
+                    "container {id}, whose namespaces are to be joined, is not running"
+                )));
+            }
+            if kinds & libc::CLONE_NEWUSER != 0 {
+                user = container.mappings.clone();
+                if user.is_none() {
+                    return Err(Error::FailedPrecondition(format!(
+                        "container {id} has no user namespace of its own to join"
+                    )));
+                }
+            }
+            joined.push((kinds, Arc::clone(&container.pidfd)));
+        }
+        let user = match (&plan.namespaces.user, user, &plan.mappings) {
+            (Origin::Joined(id), Some(theirs), ours) => {
+                if ours.as_ref().is_some_and(|ours| *ours != theirs) {
+                    return Err(Fault::spec(
+                        "linux.uidMappings",
+                        format_args!("are not those of container {id}, whose user namespace is to be joined"),
+                    )
+                    .into());
+                }
+                let pidfd = joined
+                    .iter()
+                    .find(|(kinds, _)| kinds & libc::CLONE_NEWUSER != 0)
+                    .map(|(_, pidfd)| pidfd.as_fd().try_clone_to_owned());
+                let namespace = pidfd.transpose().map_err(|error| Error::System {
+                    what: "join a user namespace",
+                    error,
+                })?;
+                namespace.map(|namespace| (namespace, theirs))
+            }
+            (Origin::New, _, Some(mappings)) => Some((mappings.make_namespace()?, mappings.clone())),
+            _ => None,
+        };
+        Ok(Stage { joined, user })
     }
 }

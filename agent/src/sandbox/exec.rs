@@ -97,12 +97,12 @@ impl Sandbox {
         if container.execs.contains_key(exec) {
             return Err(Error::AlreadyExists(format!("process {exec} of container {id}")));
         }
-        let (process_end, pipes) = process_stdio(plan, ports)?;
-        let init = &container.pidfd;
+        let (process_end, pipes) = process_stdio(plan, container.mappings.as_ref(), ports)?;
+        let (init, namespaces) = (&container.pidfd, &container.namespaces);
         let mut keep = descriptors(&process_end);
         keep.push(init.as_raw_fd());
 
-        let enter = |pidfd: &OwnedFd| sys::set_pid_namespace_for_children(pidfd.as_fd());
+        let enter = |pidfd: &OwnedFd| sys::enter_namespaces(pidfd.as_fd(), libc::CLONE_NEWPID);
         enter(init).map_err(|error| Error::System {
             what: "join the container's pid namespace",
             error,
@@ -111,7 +111,7 @@ impl Sandbox {
             0,
             container.cgroup.directory(),
             &keep,
-            |reporter| match create::join(plan, init, &process_end, reporter) {
+            |reporter| match create::join(plan, init, namespaces, &process_end, reporter) {
                 Err(fault) => fault,
                 Ok(never) => match never {},
             },

@@ -13,6 +13,7 @@ use tokio::{
 
 use super::Error;
 use crate::{
+    container::user::Mappings,
     fault::Fault,
     process::{
         launch::{Channel, Report},
@@ -31,10 +32,18 @@ pub(super) struct Forked {
 
 pub(super) fn process_stdio(
     plan: &ProcessPlan,
+    mappings: Option<&Mappings>,
     ports: &messages::Stdio,
 ) -> Result<(ProcessEnd, AgentEnd), Error> {
     if plan.terminal.is_none() {
-        return Ok(stdio::pipes(ports, plan.uid)?);
+        let uid = mappings.map_or(Some(plan.uid), |mappings| mappings.user(plan.uid));
+        let uid = uid.ok_or_else(|| {
+            Fault::spec(
+                "process.user.uid",
+                "is not mapped in the container's user namespace",
+            )
+        })?;
+        return Ok(stdio::pipes(ports, uid)?);
     }
     if ports.stderr_port != 0 {
         return Err(Error::InvalidArgument(

@@ -156,7 +156,7 @@ impl Sandbox {
         };
         report_oom(container, &id, &self.events);
         let is_init = exec.is_none();
-        if is_init && !container.has_pid_namespace {
+        if is_init && !container.namespaces.pid.is_new() {
             // With one, the kernel has done this.
             if let Err(error) = container.cgroup.kill() {
                 log::error!("container {id}: kill the rest: {error}");

@@ -5,7 +5,10 @@ use std::{collections::HashMap, os::fd::OwnedFd, sync::Arc};
 use tokio::{io::unix::AsyncFd, sync::watch, task::JoinHandle};
 
 use super::Error;
-use crate::{container::cgroup::Cgroup, process::launch::Channel};
+use crate::{
+    container::{cgroup::Cgroup, namespaces::Namespaces, user::Mappings},
+    process::launch::Channel,
+};
 
 /// Where a process is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,7 +77,9 @@ pub(super) struct Container {
     pub(super) pidfd: Arc<OwnedFd>,
     pub(super) execs: HashMap<String, Process>,
     pub(super) cgroup: Arc<Cgroup>,
-    pub(super) has_pid_namespace: bool,
+    pub(super) namespaces: Namespaces,
+    /// Of its user namespace, unless that is the sandbox's.
+    pub(super) mappings: Option<Mappings>,
     /// OOM kills already reported.
     pub(super) oom_kills: u64,
     pub(super) oom_watch: Option<JoinHandle<()>>,

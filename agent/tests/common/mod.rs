@@ -280,22 +280,38 @@ impl Host {
         spec: &Value,
         volumes: HashMap<u32, u32>,
     ) -> Result<Streams, Failure> {
+        let created = self.try_create_joined(id, spec, volumes, &[]).await;
+        created.unwrap_or_else(|error| panic!("create: {error}"))
+    }
+
+    /// As [`Self::try_create`], with namespaces (type, container) to join.
+    pub async fn try_create_joined(
+        &self,
+        id: &str,
+        spec: &Value,
+        volumes: HashMap<u32, u32>,
+        joined: &[(&str, &str)],
+    ) -> Result<Result<Streams, Failure>, ttrpc::Error> {
         let offer = self.offer(spec["process"]["terminal"] == json!(true), true);
         let request = CreateContainerRequest {
             container_id: id.into(),
             spec_json: serde_json::to_vec(spec).unwrap(),
             stdio: Some(offer.stdio).into(),
             volumes,
+            joined_namespaces: joined
+                .iter()
+                .map(|(kind, id)| (kind.to_string(), id.to_string()))
+                .collect(),
             ..Default::default()
         };
-        let response = self.client.create_container(deadline(), &request).await.unwrap();
-        match response.failure.into_option() {
+        let response = self.client.create_container(deadline(), &request).await?;
+        Ok(match response.failure.into_option() {
             Some(failure) => Err(failure),
             None => {
                 assert!(response.pid > 1);
                 Ok(Self::take(offer.listeners).await)
             }
-        }
+        })
     }
 
     pub async fn create(&self, id: &str, spec: &Value) -> Streams {
