@@ -2,6 +2,7 @@
 
 mod cleanup;
 mod container;
+mod control;
 mod error;
 mod places;
 mod process;
@@ -139,6 +140,10 @@ pub enum ProcessStatus {
     Created,
     /// Started.
     Running,
+    /// Its container is being paused.
+    Pausing,
+    /// Its container is paused.
+    Paused,
     /// Ended.
     Stopped {
         /// See [`Exit::status`].

@@ -1,7 +1,7 @@
 //! A machine for tests: two scripts in place of the programs, and an agent in this process that they would carry.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fs::{self, File},
     io::{IoSliceMut, Read, Write},
     os::{
@@ -15,7 +15,7 @@ use std::{
 
 use async_trait::async_trait;
 use husk_agent_protocol::{
-    limits::AGENT_PORT,
+    limits::{AGENT_PORT, MAX_STATS_LEN},
     messages::{self as wire, failure::Kind},
     service,
 };
@@ -53,6 +53,8 @@ pub enum Character {
     Silent,
     /// Answers everything but DeleteContainer.
     Clinging,
+    /// Does not pause, and sends more statistics than it may.
+    Stubborn,
 }
 
 /// The files of a machine for tests, and who plays it.
@@ -235,6 +237,7 @@ struct FakeAgent {
     player: Player,
     machine: Arc<Machine>,
     commands: Mutex<HashMap<String, (String, wire::Stdio)>>,
+    frozen: Mutex<HashSet<String>>,
     events: UnboundedSender<wire::Event>,
     pending: Mutex<Option<UnboundedReceiver<wire::Event>>>,
 }
@@ -246,6 +249,7 @@ impl FakeAgent {
             player,
             machine,
             commands: Mutex::default(),
+            frozen: Mutex::default(),
             events,
             pending: Mutex::new(Some(pending)),
         }
@@ -281,6 +285,20 @@ impl FakeAgent {
         };
         match command {
             "sleep" => {}
+            "oom" => {
+                let oom = wire::event::Oom {
+                    container_id: container.to_owned(),
+                    ..Default::default()
+                };
+                let kind = Some(wire::event::Kind::Oom(oom));
+                self.events
+                    .send(wire::Event {
+                        kind,
+                        ..Default::default()
+                    })
+                    .unwrap();
+                exited(137);
+            }
             "cat" => {
                 let machine = Arc::clone(&self.machine);
                 std::thread::spawn(move || {
@@ -415,6 +433,66 @@ impl service::Agent for FakeAgent {
             wire::Stdio::default(),
         );
         Ok(wire::Empty::default())
+    }
+
+    async fn pause_container(
+        &self,
+        _: &TtrpcContext,
+        request: wire::PauseContainerRequest,
+    ) -> ttrpc::Result<wire::Empty> {
+        self.called("PauseContainer", &request.container_id);
+        if self.player.character == Character::Stubborn {
+            return Err(status(ttrpc::Code::INTERNAL, "cgroup.freeze: busy"));
+        }
+        assert!(self.frozen.lock().unwrap().insert(request.container_id));
+        Ok(wire::Empty::default())
+    }
+
+    async fn resume_container(
+        &self,
+        _: &TtrpcContext,
+        request: wire::ResumeContainerRequest,
+    ) -> ttrpc::Result<wire::Empty> {
+        self.called("ResumeContainer", &request.container_id);
+        assert!(self.frozen.lock().unwrap().remove(&request.container_id));
+        Ok(wire::Empty::default())
+    }
+
+    async fn update_container(
+        &self,
+        _: &TtrpcContext,
+        request: wire::UpdateContainerRequest,
+    ) -> ttrpc::Result<wire::UpdateContainerResponse> {
+        let resources = String::from_utf8(request.resources_json).unwrap();
+        self.called(
+            "UpdateContainer",
+            &format!("{} {resources}", request.container_id),
+        );
+        let failure = resources.contains("nope").then(|| wire::Failure {
+            kind: Kind::INVALID_SPEC.into(),
+            message: "linux.resources.nope: no".into(),
+            ..Default::default()
+        });
+        Ok(wire::UpdateContainerResponse {
+            failure: failure.into(),
+            ..Default::default()
+        })
+    }
+
+    async fn container_stats(
+        &self,
+        _: &TtrpcContext,
+        request: wire::ContainerStatsRequest,
+    ) -> ttrpc::Result<wire::ContainerStatsResponse> {
+        self.called("ContainerStats", &request.container_id);
+        let mut text = "7\n".to_owned();
+        if self.player.character == Character::Stubborn {
+            text = "7".repeat(MAX_STATS_LEN);
+        }
+        Ok(wire::ContainerStatsResponse {
+            files: [("pids.current".to_owned(), text)].into(),
+            ..Default::default()
+        })
     }
 
     async fn list_processes(

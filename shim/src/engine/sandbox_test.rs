@@ -279,9 +279,6 @@ async fn execs_come_and_go() {
         .await
         .unwrap();
     let precondition = |result| matches!(result, Err(EngineError::FailedPrecondition(_)));
-    assert!(precondition(
-        sandbox.add_exec("c", "e", PROCESS.into(), Stdio::default()).await
-    ));
     soon(sandbox.start_container("c")).await.unwrap();
     sandbox
         .add_exec("c", "e", PROCESS.into(), Stdio::default())
@@ -616,4 +613,168 @@ async fn a_dropped_sandbox_leaves_nothing() {
     soon(vmm.ended()).await;
     assert_eq!(stage.mounts(), [] as [&str; 0]);
     assert!(!Path::new(&stage.dir.path().join("run/ns")).exists());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_container_is_paused_and_resumed() {
+    let stage = Stage::new(Character::Good);
+    let (sandbox, mut events) = stage.start().await;
+    let precondition = |result| matches!(result, Err(EngineError::FailedPrecondition(_)));
+    let not_found = |result| matches!(result, Err(EngineError::NotFound(_)));
+    assert!(not_found(soon(sandbox.pause("c")).await.map(drop)));
+    assert!(not_found(soon(sandbox.resume("c")).await));
+    soon(sandbox.create(stage.request("c", "sleep", Stdio::default())))
+        .await
+        .unwrap();
+    assert!(precondition(soon(sandbox.pause("c")).await.map(drop)), "created");
+    assert!(precondition(soon(sandbox.resume("c")).await), "created");
+    soon(sandbox.start_container("c")).await.unwrap();
+    sandbox
+        .add_exec("c", "e", PROCESS.into(), Stdio::default())
+        .await
+        .unwrap();
+    sandbox
+        .add_exec("c", "unstarted", PROCESS.into(), Stdio::default())
+        .await
+        .unwrap();
+    soon(sandbox.start_exec("c", "e")).await.unwrap();
+    assert!(precondition(soon(sandbox.resume("c")).await), "running");
+
+    assert!(soon(sandbox.pause("c")).await.unwrap());
+    assert_eq!(sandbox.status("c", None).unwrap(), ProcessStatus::Paused);
+    assert_eq!(sandbox.status("c", Some("e")).unwrap(), ProcessStatus::Paused);
+    assert_eq!(
+        sandbox.status("c", Some("unstarted")).unwrap(),
+        ProcessStatus::Created
+    );
+    let error = soon(sandbox.pause("c")).await.unwrap_err();
+    assert_eq!(error.to_string(), "container c is paused");
+    assert!(precondition(
+        sandbox.add_exec("c", "f", PROCESS.into(), Stdio::default()).await
+    ));
+    assert!(precondition(soon(sandbox.start_exec("c", "unstarted")).await));
+    assert!(precondition(soon(sandbox.start_container("c")).await));
+    let error = soon(sandbox.delete_container("c")).await.unwrap_err();
+    assert_eq!(error.to_string(), "container c is paused");
+    soon(sandbox.update("c", b"{}".to_vec())).await.unwrap();
+    assert_eq!(soon(sandbox.stats("c")).await.unwrap()["pids.current"], "7\n");
+
+    soon(sandbox.resume("c")).await.unwrap();
+    assert_eq!(sandbox.status("c", None).unwrap(), ProcessStatus::Running);
+    soon(sandbox.start_exec("c", "unstarted")).await.unwrap();
+    assert!(soon(sandbox.pause("c")).await.unwrap());
+    // One that is paused can be killed.
+    soon(sandbox.signal("c", Some("e"), 9, false)).await.unwrap();
+    soon(sandbox.signal("c", Some("unstarted"), 9, false))
+        .await
+        .unwrap();
+    assert_eq!(soon(sandbox.wait("c", Some("e"))).await.unwrap().status, 137);
+    assert_eq!(sandbox.status("c", None).unwrap(), ProcessStatus::Paused);
+    soon(sandbox.wait("c", Some("unstarted"))).await.unwrap();
+    soon(sandbox.signal("c", None, 9, true)).await.unwrap();
+    assert_eq!(soon(sandbox.wait("c", None)).await.unwrap().status, 137);
+    assert!(matches!(
+        sandbox.status("c", None).unwrap(),
+        ProcessStatus::Stopped { .. }
+    ));
+    assert!(precondition(soon(sandbox.pause("c")).await.map(drop)), "stopped");
+    assert!(precondition(soon(sandbox.resume("c")).await), "stopped");
+    soon(sandbox.delete_container("c")).await.unwrap();
+    soon(sandbox.shutdown()).await;
+    assert!(matches!(
+        soon(sandbox.pause("c")).await,
+        Err(EngineError::SandboxEnded(_))
+    ));
+    assert_eq!(
+        story(&mut events).await,
+        ["c/e:137", "c/unstarted:137", "c/:137", "it was shut down"]
+    );
+    stage.assert_nothing_is_left();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pause_that_fails_leaves_the_container_running() {
+    let stage = Stage::new(Character::Stubborn);
+    let (sandbox, _events) = stage.start().await;
+    soon(sandbox.create(stage.request("c", "sleep", Stdio::default())))
+        .await
+        .unwrap();
+    soon(sandbox.start_container("c")).await.unwrap();
+    let error = soon(sandbox.pause("c")).await.unwrap_err();
+    assert!(error.to_string().contains("cgroup.freeze: busy"), "{error}");
+    assert_eq!(sandbox.status("c", None).unwrap(), ProcessStatus::Running);
+    let error = soon(sandbox.stats("c")).await.unwrap_err();
+    assert!(
+        error.to_string().contains("at most 262144 are allowed"),
+        "{error}"
+    );
+    soon(sandbox.shutdown()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn limits_change_from_the_creation_to_the_end() {
+    let stage = Stage::new(Character::Good);
+    let (sandbox, _events) = stage.start().await;
+    let update = async |json: &str| soon(sandbox.update("c", json.into())).await;
+    assert!(matches!(update("{}").await, Err(EngineError::NotFound(_))));
+    assert!(matches!(
+        soon(sandbox.stats("c")).await,
+        Err(EngineError::NotFound(_))
+    ));
+    soon(sandbox.create(stage.request("c", "sleep", Stdio::default())))
+        .await
+        .unwrap();
+    update(r#"{"pids":{"limit":5}}"#).await.unwrap();
+    soon(sandbox.stats("c")).await.unwrap();
+    soon(sandbox.start_container("c")).await.unwrap();
+    update(r#"{"memory":{"limit":1}}"#).await.unwrap();
+    for bad in ["", "[]", "7", "{"] {
+        let error = update(bad).await.unwrap_err();
+        assert!(matches!(error, EngineError::InvalidSpec(_)), "{error}");
+    }
+    let error = update(r#"{"nope":1}"#).await.unwrap_err();
+    assert_eq!(error.to_string(), "linux.resources.nope: no");
+    soon(sandbox.signal("c", None, 9, true)).await.unwrap();
+    soon(sandbox.wait("c", None)).await.unwrap();
+    let error = update("{}").await.unwrap_err();
+    assert_eq!(error.to_string(), "container c has ended");
+    // What it used can be told to its deletion.
+    soon(sandbox.stats("c")).await.unwrap();
+    soon(sandbox.delete_container("c")).await.unwrap();
+    assert!(matches!(update("{}").await, Err(EngineError::NotFound(_))));
+    let updates: Vec<String> = stage
+        .player
+        .calls()
+        .into_iter()
+        .filter(|call| call.starts_with("Update"))
+        .collect();
+    assert_eq!(
+        updates,
+        [
+            r#"UpdateContainer c {"pids":{"limit":5}}"#,
+            r#"UpdateContainer c {"memory":{"limit":1}}"#,
+            r#"UpdateContainer c {"nope":1}"#
+        ]
+    );
+    soon(sandbox.shutdown()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_exec_may_come_before_the_start() {
+    let stage = Stage::new(Character::Good);
+    let (sandbox, mut events) = stage.start().await;
+    soon(sandbox.create(stage.request("c", "sleep", Stdio::default())))
+        .await
+        .unwrap();
+    sandbox
+        .add_exec("c", "e", br#"{"args":["exit3"]}"#.to_vec(), Stdio::default())
+        .await
+        .unwrap();
+    soon(sandbox.start_exec("c", "e")).await.unwrap();
+    assert_eq!(soon(sandbox.wait("c", Some("e"))).await.unwrap().status, 3);
+    soon(sandbox.start_container("c")).await.unwrap();
+    soon(sandbox.signal("c", None, 9, true)).await.unwrap();
+    soon(sandbox.wait("c", None)).await.unwrap();
+    soon(sandbox.shutdown()).await;
+    assert_eq!(story(&mut events).await, ["c/e:3", "c/:137", "it was shut down"]);
 }

@@ -34,7 +34,19 @@ struct Container {
     execs: BTreeMap<String, Exec>,
     /// The init process's end, held back until those of its execs are told.
     held: Option<Exit>,
+    freeze: Freeze,
     undo: Undo,
+}
+
+/// Whether a container's processes stand still. Means nothing once the init process has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Freeze {
+    Thawed,
+    /// A pause is under way.
+    Freezing,
+    Frozen,
+    /// A resume is under way.
+    Thawing,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,6 +115,7 @@ impl Table {
             init: Process::new(terminal, None),
             execs: BTreeMap::new(),
             held: None,
+            freeze: Freeze::Thawed,
             undo: Undo::default(),
         };
         self.containers.insert(id.to_owned(), container);
@@ -196,12 +209,71 @@ impl Table {
         }
     }
 
-    /// Where a process is in its life.
+    /// Where a process is in its life. What runs in a container that is paused is paused.
     ///
     /// # Errors
     /// `NotFound`.
     pub fn status(&self, id: &str, exec: Option<&str>) -> Result<ProcessStatus, EngineError> {
-        Ok(self.process(id, exec)?.state().status())
+        let status = self.process(id, exec)?.state().status();
+        let freeze = self.container(id)?.freeze;
+        Ok(match (status, freeze) {
+            (ProcessStatus::Running, Freeze::Freezing) => ProcessStatus::Pausing,
+            (ProcessStatus::Running, Freeze::Frozen | Freeze::Thawing) => ProcessStatus::Paused,
+            (status, _) => status,
+        })
+    }
+
+    /// Marks that a container is being paused.
+    ///
+    /// # Errors
+    /// `NotFound`; `FailedPrecondition` unless it runs.
+    pub fn begin_pause(&mut self, id: &str) -> Result<(), EngineError> {
+        self.check_alive()?;
+        let container = self.container_mut(id)?;
+        container.check_running(id)?;
+        container.freeze = Freeze::Freezing;
+        Ok(())
+    }
+
+    /// Marks that a container is being resumed.
+    ///
+    /// # Errors
+    /// `NotFound`; `FailedPrecondition` unless it is paused.
+    pub fn begin_resume(&mut self, id: &str) -> Result<(), EngineError> {
+        self.check_alive()?;
+        let container = self.container_mut(id)?;
+        if container.is_live() && container.freeze == Freeze::Frozen {
+            container.freeze = Freeze::Thawing;
+            return Ok(());
+        }
+        Err(EngineError::FailedPrecondition(format!(
+            "{} is not paused",
+            name(id, None)
+        )))
+    }
+
+    /// Marks whether a container stands still after a pause or a resume. True when it does and has not ended.
+    pub fn finish_freeze(&mut self, id: &str, frozen: bool) -> bool {
+        let Ok(container) = self.container_mut(id) else {
+            return false;
+        };
+        container.freeze = if frozen { Freeze::Frozen } else { Freeze::Thawed };
+        frozen && container.is_live()
+    }
+
+    /// Whether the container's limits may be changed.
+    ///
+    /// # Errors
+    /// `NotFound`; `FailedPrecondition` when it has ended.
+    pub fn check_update(&self, id: &str) -> Result<(), EngineError> {
+        self.check_alive()?;
+        let container = self.container(id)?;
+        let ended = matches!(container.init.state(), State::Stopped(_));
+        if ended || container.held.is_some() || container.phase != Phase::Ready {
+            let name = name(id, None);
+            return Err(EngineError::FailedPrecondition(format!("{name} has ended")));
+        }
+        Ok(())
     }
 
     /// The end of a process, when it comes.
@@ -231,14 +303,14 @@ impl Table {
     /// Adds an exec.
     ///
     /// # Errors
-    /// `NotFound`, `AlreadyExists`; `FailedPrecondition` when the container has ended.
+    /// `NotFound`, `AlreadyExists`; `FailedPrecondition` when the container has ended or is paused.
     pub fn add_exec(&mut self, id: &str, exec: &str, json: Vec<u8>, stdio: Stdio) -> Result<(), EngineError> {
         self.check_alive()?;
         let container = self.container_mut(id)?;
         if container.execs.contains_key(exec) {
             return Err(EngineError::AlreadyExists(name(id, Some(exec))));
         }
-        container.check_running(id)?;
+        container.check_joinable(id)?;
         let process = Process::new(stdio.terminal, None);
         container.execs.insert(
             exec.to_owned(),
@@ -268,7 +340,7 @@ impl Table {
         let container = self.container_mut(id)?;
         let known = container.execs.contains_key(exec);
         if known {
-            container.check_running(id)?;
+            container.check_joinable(id)?;
         }
         let entry = container
             .execs
@@ -486,6 +558,7 @@ impl Table {
             State::Stopped(exit) => Some(exit),
             State::Created => None,
             State::Starting | State::Running => {
+                container.check_thawed(id)?;
                 return Err(EngineError::FailedPrecondition(format!(
                     "{} is running",
                     name(id, None)
@@ -563,15 +636,44 @@ impl Table {
 }
 
 impl Container {
+    /// Whether the init process runs, for all that is known.
+    fn is_live(&self) -> bool {
+        self.init.state() == State::Running && self.held.is_none() && self.phase == Phase::Ready
+    }
+
     fn check_running(&self, id: &str) -> Result<(), EngineError> {
-        if self.init.state() == State::Running && self.held.is_none() && self.phase == Phase::Ready {
+        self.check_thawed(id)?;
+        if self.is_live() {
             return Ok(());
         }
-        Err(EngineError::FailedPrecondition(format!(
-            "{} is not running",
-            name(id, None)
-        )))
+        Err(not_running(id))
     }
+
+    /// Whether a further process may be started: from the container's creation to its end.
+    fn check_joinable(&self, id: &str) -> Result<(), EngineError> {
+        self.check_thawed(id)?;
+        let ended = matches!(self.init.state(), State::Stopped(_));
+        if ended || self.held.is_some() || self.phase != Phase::Ready {
+            return Err(not_running(id));
+        }
+        Ok(())
+    }
+
+    fn check_thawed(&self, id: &str) -> Result<(), EngineError> {
+        let how = match self.freeze {
+            _ if !self.is_live() => return Ok(()),
+            Freeze::Thawed => return Ok(()),
+            Freeze::Freezing => "is being paused",
+            Freeze::Frozen => "is paused",
+            Freeze::Thawing => "is being resumed",
+        };
+        let name = name(id, None);
+        Err(EngineError::FailedPrecondition(format!("{name} {how}")))
+    }
+}
+
+fn not_running(id: &str) -> EngineError {
+    EngineError::FailedPrecondition(format!("{} is not running", name(id, None)))
 }
 
 /// A process, for a message.

@@ -215,6 +215,34 @@ fn a_container_in_the_making_is_not_seen() {
     assert_eq!(ends(&mut events), [end("", 4)], "its end is told once it is seen");
 }
 
+#[test]
+fn a_pause_under_way_is_told_and_ends_with_the_container() {
+    let (mut table, _events) = running();
+    table.begin_pause("c").unwrap();
+    assert_eq!(table.status("c", None).unwrap(), ProcessStatus::Pausing);
+    for error in [table.begin_pause("c"), table.begin_resume("c")] {
+        assert!(matches!(error, Err(EngineError::FailedPrecondition(_))));
+    }
+    assert!(table.finish_freeze("c", true));
+    table.begin_resume("c").unwrap();
+    assert_eq!(table.status("c", None).unwrap(), ProcessStatus::Paused);
+    assert!(table.begin_resume("c").is_err());
+    // A resume that fails leaves it paused.
+    table.finish_freeze("c", true);
+    table.begin_resume("c").unwrap();
+    table.finish_freeze("c", false);
+    assert_eq!(table.status("c", None).unwrap(), ProcessStatus::Running);
+    table.begin_pause("c").unwrap();
+    table.guest_event(exited(None, 137), now());
+    assert!(!table.finish_freeze("c", true), "it has ended meanwhile");
+    assert!(matches!(
+        table.status("c", None).unwrap(),
+        ProcessStatus::Stopped { status: 137, .. }
+    ));
+    assert!(table.check_update("c").is_err());
+    table.begin_delete("c").unwrap();
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     Guest(GuestEvent),

@@ -2,7 +2,7 @@
 //!
 //! The shim: [`bootstrap`] reads how containerd calls it; [`start`], [`delete`] and [`info`] are its short-lived
 //! commands and [`serve`] the server that `start` leaves behind. In the server, [`task`] is containerd's service
-//! and [`pod`] the tasks behind it; [`order`] and [`publish`] carry their events.
+//! and [`pod`] the tasks behind it; [`order`] and [`publish`] carry their events, [`metrics`] what they used.
 //!
 //! The command: [`cli`] is its grammar; [`run`], [`report`] and [`spec`] do what it says.
 
@@ -13,6 +13,7 @@ pub mod delete;
 pub mod info;
 pub mod io;
 pub mod log;
+pub mod metrics;
 pub mod order;
 pub mod pod;
 pub mod publish;

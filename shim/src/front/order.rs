@@ -18,6 +18,11 @@ pub enum Announcement {
         /// The exec; `None`: the init process.
         exec: Option<String>,
     },
+    /// `TaskOOM`.
+    Oom {
+        /// The container.
+        container: String,
+    },
     /// `TaskExit`.
     Exited {
         /// The container.
@@ -48,6 +53,8 @@ struct Container {
     execs: HashMap<String, Phase>,
     /// The init process's exit, waiting for execs whose start is under way.
     withheld: Option<Exit>,
+    /// A kill for want of memory that came while the init process's creation or start was under way.
+    oom: bool,
 }
 
 /// What has been announced of each process.
@@ -65,6 +72,7 @@ impl Order {
                 init: Phase::Busy(None),
                 execs: HashMap::new(),
                 withheld: None,
+                oom: false,
             },
         );
     }
@@ -78,10 +86,11 @@ impl Order {
             return Vec::new();
         };
         *phase = Phase::Created;
-        match exit {
-            Some(exit) => self.exited(container, None, exit),
-            None => Vec::new(),
+        let mut out = self.release_oom(container);
+        if let Some(exit) = exit {
+            out.extend(self.exited(container, None, exit));
         }
+        out
     }
 
     /// An exec was added to a container.
@@ -115,6 +124,7 @@ impl Order {
             container: container.to_owned(),
             exec: exec.map(str::to_owned),
         }];
+        out.extend(self.release_oom(container));
         match exit {
             Some(exit) => out.extend(self.exited(container, exec, exit)),
             None => out.extend(self.release(container)),
@@ -136,10 +146,19 @@ impl Order {
             return self.release(container);
         }
         *phase = Phase::Created;
-        match exit {
-            Some(exit) => self.exited(container, None, exit),
-            None => Vec::new(),
+        let mut out = self.release_oom(container);
+        if let Some(exit) = exit {
+            out.extend(self.exited(container, None, exit));
         }
+        out
+    }
+
+    /// The kernel killed a process of the container for want of memory.
+    pub fn oom(&mut self, container: &str) -> Vec<Announcement> {
+        if let Some(container) = self.containers.get_mut(container) {
+            container.oom = container.init != Phase::Over;
+        }
+        self.release_oom(container)
     }
 
     /// A process ended.
@@ -213,6 +232,18 @@ impl Order {
         match exec {
             None => Some(&mut container.init),
             Some(exec) => container.execs.get_mut(exec),
+        }
+    }
+
+    fn release_oom(&mut self, id: &str) -> Vec<Announcement> {
+        match self.containers.get_mut(id) {
+            Some(container) if container.oom && !matches!(container.init, Phase::Busy(_)) => {
+                container.oom = false;
+                vec![Announcement::Oom {
+                    container: id.to_owned(),
+                }]
+            }
+            _ => Vec::new(),
         }
     }
 

@@ -16,6 +16,7 @@ fn words(announcements: Vec<Announcement>) -> Vec<String> {
         .into_iter()
         .map(|announcement| match announcement {
             Announcement::Started { exec, .. } => format!("start {}", exec.unwrap_or_default()),
+            Announcement::Oom { .. } => "oom".to_owned(),
             Announcement::Exited { exec, exit, .. } => {
                 format!("exit {} {}", exec.unwrap_or_default(), exit.status)
             }
@@ -84,6 +85,28 @@ fn a_container_that_ends_while_it_is_created_has_its_exit_after_that() {
     assert!(!order.starting("c", None));
     assert_eq!(words(order.exited("c", None, exit(137))), [""; 0]);
     assert_eq!(words(order.created("c")), ["exit  137"]);
+}
+
+#[test]
+fn out_of_memory_is_told_between_the_start_and_the_exit() {
+    let mut order = Order::default();
+    order.creating("c");
+    order.created("c");
+    order.starting("c", None);
+    assert_eq!(words(order.oom("c")), [""; 0]);
+    assert_eq!(words(order.exited("c", None, exit(137))), [""; 0]);
+    assert_eq!(words(order.started("c", None)), ["start ", "oom", "exit  137"]);
+    assert_eq!(words(order.oom("c")), [""; 0], "after its end");
+    assert_eq!(words(order.oom("unknown")), [""; 0]);
+    order.creating("d");
+    order.created("d");
+    assert_eq!(words(order.oom("d")), ["oom"]);
+    order.starting("d", None);
+    order.started("d", None);
+    order.added("d", "e");
+    order.starting("d", Some("e"));
+    // An exec's start holds nothing of it back.
+    assert_eq!(words(order.oom("d")), ["oom"]);
 }
 
 #[test]

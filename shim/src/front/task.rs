@@ -159,6 +159,8 @@ impl Task for TaskService {
         let status = match view.status {
             ProcessStatus::Created => Status::CREATED,
             ProcessStatus::Running => Status::RUNNING,
+            ProcessStatus::Pausing => Status::PAUSING,
+            ProcessStatus::Paused => Status::PAUSED,
             ProcessStatus::Stopped { status, at } => {
                 response.exit_status = status;
                 response.exited_at = MessageField::some(timestamp(at));
@@ -272,42 +274,38 @@ impl Task for TaskService {
         Ok(Empty::new())
     }
 
-    async fn pause(&self, _: &TtrpcContext, _: PauseRequest) -> ttrpc::Result<Empty> {
-        Err(unimplemented("pausing a container"))
+    async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
+        let pod = self.pod.clone();
+        detached(async move { pod.pause(&request.id).await }).await?;
+        Ok(Empty::new())
     }
 
-    async fn resume(&self, _: &TtrpcContext, _: ResumeRequest) -> ttrpc::Result<Empty> {
-        Err(unimplemented("resuming a container"))
+    async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
+        let pod = self.pod.clone();
+        detached(async move { pod.resume(&request.id).await }).await?;
+        Ok(Empty::new())
     }
 
     async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
         Err(unimplemented("checkpoints"))
     }
 
-    async fn update(&self, _: &TtrpcContext, _: UpdateTaskRequest) -> ttrpc::Result<Empty> {
-        Err(unimplemented("changing a container's resources"))
+    // The annotations of an update say nothing that the limits do not.
+    async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
+        let pod = self.pod.clone();
+        detached(async move { pod.update(&request.id, request.resources.into_option()).await }).await?;
+        Ok(Empty::new())
     }
 
-    async fn stats(&self, _: &TtrpcContext, _: StatsRequest) -> ttrpc::Result<StatsResponse> {
-        Err(unimplemented("a container's statistics"))
+    async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
+        let stats = self.pod.stats(&request.id).await?;
+        Ok(StatsResponse {
+            stats: MessageField::some(stats),
+            ..StatsResponse::default()
+        })
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn options_are_taken_by_their_type() {
-        let options = |type_url: &str| Any {
-            type_url: type_url.into(),
-            ..Any::default()
-        };
-        known_options(None).unwrap();
-        known_options(Some(&options(""))).unwrap();
-        known_options(Some(&options("containerd.runc.v1.Options"))).unwrap();
-        known_options(Some(&options("type.googleapis.com/runtimeoptions.v1.Options"))).unwrap();
-        let error = known_options(Some(&options("x.y.Z"))).unwrap_err();
-        assert!(format!("{error:?}").contains("x.y.Z"));
-    }
-}
+#[path = "task_test.rs"]
+mod tests;

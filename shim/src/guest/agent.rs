@@ -1,6 +1,7 @@
 //! The agent: calls with deadlines, and answers that are checked before anybody believes them. The guest is hostile.
 
 use std::{
+    collections::BTreeMap,
     future::Future,
     io,
     sync::atomic::{AtomicBool, Ordering},
@@ -8,7 +9,7 @@ use std::{
 };
 
 use husk_agent_protocol::{
-    limits::{AGENT_PORT, MAX_MESSAGE_LEN, MAX_PROCESSES, MAX_SPEC_LEN, is_valid_id},
+    limits::{AGENT_PORT, MAX_MESSAGE_LEN, MAX_PROCESSES, MAX_SPEC_LEN, MAX_STATS_LEN, is_valid_id},
     messages::{self as wire, event::Kind as EventKind, failure::Kind as FailureKind},
     service::AgentClient,
 };
@@ -283,6 +284,85 @@ impl Agent {
         self.call("ResizeTerminal", self.client.resize_terminal(context(), &request))
             .await
             .map(drop)
+    }
+
+    /// Freezes a container's processes; they stand still when this returns.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` unless its init process runs.
+    pub async fn pause_container(&self, id: &str) -> Result<(), EngineError> {
+        let request = wire::PauseContainerRequest {
+            container_id: id.to_owned(),
+            ..Default::default()
+        };
+        self.call("PauseContainer", self.client.pause_container(context(), &request))
+            .await
+            .map(drop)
+    }
+
+    /// Thaws a container's processes.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` unless it is frozen.
+    pub async fn resume_container(&self, id: &str) -> Result<(), EngineError> {
+        let request = wire::ResumeContainerRequest {
+            container_id: id.to_owned(),
+            ..Default::default()
+        };
+        self.call(
+            "ResumeContainer",
+            self.client.resume_container(context(), &request),
+        )
+        .await
+        .map(drop)
+    }
+
+    /// Changes a container's limits: `resources` is an OCI `linux.resources` object.
+    ///
+    /// # Errors
+    /// What is wrong with the document, by name; what the kernel refused.
+    pub async fn update_container(&self, id: &str, resources: Vec<u8>) -> Result<(), EngineError> {
+        check_length("linux.resources", &resources)?;
+        let request = wire::UpdateContainerRequest {
+            container_id: id.to_owned(),
+            resources_json: resources,
+            ..Default::default()
+        };
+        let answer = self
+            .call(
+                "UpdateContainer",
+                self.client.update_container(context(), &request),
+            )
+            .await?;
+        failed(answer.failure.into_option())
+    }
+
+    /// The files of a container's cgroup: name -> text, at most [`MAX_STATS_LEN`] bytes of both. They are the
+    /// guest's words.
+    ///
+    /// # Errors
+    /// When the agent fails or sends more.
+    pub async fn container_stats(&self, id: &str) -> Result<BTreeMap<String, String>, EngineError> {
+        const CALL: &str = "ContainerStats";
+        let request = wire::ContainerStatsRequest {
+            container_id: id.to_owned(),
+            ..Default::default()
+        };
+        let answer = self
+            .call(CALL, self.client.container_stats(context(), &request))
+            .await?;
+        let length: usize = answer
+            .files
+            .iter()
+            .map(|(name, text)| name.len() + text.len())
+            .sum();
+        if length > MAX_STATS_LEN {
+            return Err(EngineError::Agent {
+                call: CALL,
+                message: format!("it sent {length} bytes; at most {MAX_STATS_LEN} are allowed"),
+            });
+        }
+        Ok(answer.files.into_iter().collect())
     }
 
     /// The processes of a container.

@@ -207,7 +207,6 @@ impl Pod {
                 format!("exec id {exec:?} is not valid"),
             ));
         }
-        let spec = with_terminal(spec, names.terminal)?;
         let sandbox = {
             let state = self.lock();
             let (sandbox, _) = state.find(id, None)?;
@@ -223,6 +222,7 @@ impl Pod {
             }
             sandbox
         };
+        let spec = with_terminal(spec, names.terminal)?;
         let (stdio, held) = io::open(&names).map_err(|error| status::io(&error))?;
         sandbox
             .add_exec(id, exec, spec, stdio)

@@ -23,11 +23,9 @@ impl Pod {
         while let Some(event) = events.recv().await {
             match event {
                 Event::Oom { container } => {
-                    let event = TaskOOM {
-                        container_id: container,
-                        ..TaskOOM::default()
-                    };
-                    self.publisher.publish(TASK_OOM_EVENT_TOPIC, &event);
+                    let mut state = self.lock();
+                    let announcements = state.order.oom(&container);
+                    self.announce(&mut state, announcements);
                 }
                 Event::Exited {
                     container,
@@ -94,6 +92,13 @@ impl Pod {
                         ..TaskExecStarted::default()
                     };
                     self.publisher.publish(TASK_EXEC_STARTED_EVENT_TOPIC, &event);
+                }
+                Announcement::Oom { container } => {
+                    let event = TaskOOM {
+                        container_id: container,
+                        ..TaskOOM::default()
+                    };
+                    self.publisher.publish(TASK_OOM_EVENT_TOPIC, &event);
                 }
                 Announcement::Exited {
                     container,

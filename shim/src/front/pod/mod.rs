@@ -1,5 +1,6 @@
 //! The tasks of one server: a sandbox, its containers and execs as containerd knows them, and their events.
 
+mod control;
 mod create;
 mod follow;
 mod life;
@@ -223,7 +224,10 @@ impl Pod {
         let runs = |exec: Option<&str>| {
             matches!(
                 sandbox.status(id, exec),
-                Ok(ProcessStatus::Created | ProcessStatus::Running)
+                Ok(ProcessStatus::Created
+                    | ProcessStatus::Running
+                    | ProcessStatus::Pausing
+                    | ProcessStatus::Paused)
             )
         };
         if runs(None) {
@@ -349,4 +353,4 @@ fn not_found(id: &str, exec: Option<&str>) -> ttrpc::Error {
 
 #[cfg(test)]
 #[path = "pod_test.rs"]
-mod tests;
+pub(in crate::front) mod tests;

@@ -65,15 +65,19 @@ impl Events for Heard {
     }
 }
 
-struct Theatre {
-    pod: Arc<Pod>,
+pub struct Theatre {
+    pub pod: Arc<Pod>,
     heard: Heard,
-    dir: TempDir,
+    pub dir: TempDir,
     _server: Server,
 }
 
 impl Theatre {
-    async fn open() -> Self {
+    pub async fn open() -> Self {
+        Self::played_by(Character::Good).await
+    }
+
+    pub async fn played_by(character: Character) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let heard = Heard::default();
         let address = format!("unix://{}", dir.path().join("events").display());
@@ -83,7 +87,7 @@ impl Theatre {
         server.start().await.unwrap();
         let (mut pod, events) = Pod::assemble("ns".into(), "pod".into(), Publisher::start(&address, "ns"));
         pod.stage = Some(Stage {
-            player: Player::new(dir.path(), Character::Good),
+            player: Player::new(dir.path(), character),
             run: dir.path().join("run"),
         });
         let pod = Arc::new(pod);
@@ -96,7 +100,7 @@ impl Theatre {
         }
     }
 
-    async fn create(&self, id: &str, command: &str) -> ttrpc::Result<u32> {
+    pub async fn create(&self, id: &str, command: &str) -> ttrpc::Result<u32> {
         let bundle = self.dir.path().join(id);
         fs::create_dir_all(bundle.join("rootfs")).unwrap();
         let spec = serde_json::json!({ "process": { "args": [command] }, "root": { "path": "rootfs" } });
@@ -111,12 +115,12 @@ impl Theatre {
         soon(self.pod.create(config)).await
     }
 
-    async fn exec(&self, id: &str, exec: &str, process: &str) -> ttrpc::Result<()> {
+    pub async fn exec(&self, id: &str, exec: &str, process: &str) -> ttrpc::Result<()> {
         soon(self.pod.exec(id, exec, Names::default(), process.into())).await
     }
 
     /// What containerd was told until now.
-    async fn heard(&self) -> Vec<String> {
+    pub async fn heard(&self) -> Vec<String> {
         self.pod.publisher.flush(PATIENCE).await;
         std::mem::take(&mut *self.heard.0.lock().unwrap())
     }
@@ -130,12 +134,12 @@ impl Theatre {
     }
 }
 
-async fn soon<T>(future: impl Future<Output = T>) -> T {
+pub async fn soon<T>(future: impl Future<Output = T>) -> T {
     timeout(PATIENCE, future).await.unwrap()
 }
 
 #[track_caller]
-fn code<T>(result: ttrpc::Result<T>) -> Code {
+pub fn code<T>(result: ttrpc::Result<T>) -> Code {
     match result {
         Err(ttrpc::Error::RpcStatus(status)) => status.code(),
         Err(other) => panic!("{other}"),
@@ -304,4 +308,90 @@ async fn the_server_s_end_is_told_for_all_that_ran() {
         ]
     );
     assert!(theatre.is_bare());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pause_and_a_resume_are_told_in_order() {
+    let theatre = Theatre::open().await;
+    let pod = &theatre.pod;
+    let pid = theatre.create("c", "sleep").await.unwrap();
+    assert_eq!(code(soon(pod.pause("c")).await), Code::FAILED_PRECONDITION);
+    soon(pod.start("c", None)).await.unwrap();
+    theatre.exec("c", "e", PROCESS).await.unwrap();
+    soon(pod.start("c", Some("e"))).await.unwrap();
+    assert_eq!(code(soon(pod.resume("c")).await), Code::FAILED_PRECONDITION);
+    soon(pod.pause("c")).await.unwrap();
+    assert_eq!(code(soon(pod.pause("c")).await), Code::FAILED_PRECONDITION);
+    assert_eq!(pod.view("c", None).unwrap().status, ProcessStatus::Paused);
+    assert_eq!(pod.view("c", Some("e")).unwrap().status, ProcessStatus::Paused);
+    // What containerd asks first after its own restart.
+    assert_eq!(pod.pid_of("c"), Some(pid));
+    assert_eq!(
+        pod.processes("c").unwrap(),
+        [(pid, None), (pid, Some("e".into()))]
+    );
+    assert_eq!(
+        code(theatre.exec("c", "f", PROCESS).await),
+        Code::FAILED_PRECONDITION
+    );
+    for exec in [None, Some("e")] {
+        assert_eq!(code(soon(pod.delete("c", exec)).await), Code::FAILED_PRECONDITION);
+        assert_eq!(code(soon(pod.start("c", exec)).await), Code::FAILED_PRECONDITION);
+    }
+    pod.close_io("c", None, true).unwrap();
+    soon(pod.resume("c")).await.unwrap();
+    assert_eq!(code(soon(pod.resume("c")).await), Code::FAILED_PRECONDITION);
+    soon(pod.pause("c")).await.unwrap();
+    soon(pod.kill("c", Some("e"), 9, false)).await.unwrap();
+    soon(pod.wait("c", Some("e"))).await.unwrap();
+    soon(pod.kill("c", None, 9, true)).await.unwrap();
+    assert_eq!(soon(pod.wait("c", None)).await.unwrap().status, 137);
+    assert_eq!(code(soon(pod.resume("c")).await), Code::FAILED_PRECONDITION);
+    assert_eq!(code(soon(pod.pause("c")).await), Code::FAILED_PRECONDITION);
+    soon(pod.delete("c", None)).await.unwrap();
+    assert_eq!(code(soon(pod.pause("c")).await), Code::NOT_FOUND);
+    assert_eq!(
+        theatre.heard().await,
+        [
+            "create",
+            "start",
+            "exec-added",
+            "exec-started",
+            "paused",
+            "resumed",
+            "paused",
+            "exit e 137",
+            "exit c 137",
+            "delete c 137"
+        ]
+    );
+    soon(pod.end()).await;
+    assert!(theatre.is_bare());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pause_that_fails_is_not_told() {
+    let theatre = Theatre::played_by(Character::Stubborn).await;
+    let pod = &theatre.pod;
+    theatre.create("c", "sleep").await.unwrap();
+    soon(pod.start("c", None)).await.unwrap();
+    assert_eq!(code(soon(pod.pause("c")).await), Code::INTERNAL);
+    assert_eq!(pod.view("c", None).unwrap().status, ProcessStatus::Running);
+    assert_eq!(theatre.heard().await, ["create", "start"]);
+    soon(pod.end()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn out_of_memory_is_told_before_the_exit() {
+    let theatre = Theatre::open().await;
+    let pod = &theatre.pod;
+    theatre.create("c", "oom").await.unwrap();
+    soon(pod.start("c", None)).await.unwrap();
+    assert_eq!(soon(pod.wait("c", None)).await.unwrap().status, 137);
+    soon(pod.delete("c", None)).await.unwrap();
+    assert_eq!(
+        theatre.heard().await,
+        ["create", "start", "oom", "exit c 137", "delete c 137"]
+    );
+    soon(pod.end()).await;
 }
