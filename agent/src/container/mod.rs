@@ -3,6 +3,7 @@
 
 pub mod cgroup;
 pub mod check;
+pub mod copy_up;
 pub mod create;
 pub mod devices;
 pub mod mount_options;

@@ -44,6 +44,10 @@ pub struct Options {
     pub recursive: Attributes,
     /// (`MS_…`, recursive), in order.
     pub propagation: Vec<(u64, bool)>,
+    /// `Some(recursive)` for a mount whose owners are mapped.
+    pub id_mapped: Option<bool>,
+    /// A new tmpfs begins with what is in the directory that it covers.
+    pub copy_up: bool,
     /// Options of the file system: key and, with `=`, value.
     pub data: Vec<(CString, Option<CString>)>,
 }
@@ -59,7 +63,7 @@ impl Options {
         for word in words {
             if !options.word(word) {
                 let problem = match word.as_str() {
-                    "idmap" | "ridmap" | "tmpcopyup" | "remount" | "iversion" | "mand" => "is not supported",
+                    "remount" | "iversion" => "is not supported",
                     _ => "contains a NUL character",
                 };
                 return Err(Fault::spec(
@@ -90,8 +94,15 @@ impl Options {
             }
             "rbind" => self.bind = Some(true),
             // These say what is so anyway, or speak about messages only.
-            "defaults" | "nomand" | "noiversion" | "silent" | "loud" => {}
-            "idmap" | "ridmap" | "tmpcopyup" | "remount" | "iversion" | "mand" => return false,
+            "" | "defaults" | "noiversion" | "silent" | "loud" => {}
+            // The kernel has had no mandatory locks since 5.15 and takes the word all the same.
+            "mand" | "nomand" => {}
+            "idmap" => {
+                self.id_mapped.get_or_insert(false);
+            }
+            "ridmap" => self.id_mapped = Some(true),
+            "tmpcopyup" => self.copy_up = true,
+            "remount" | "iversion" => return false,
             data => {
                 let (key, value) = match data.split_once('=') {
                     Some((key, value)) => (key, Some(value)),
@@ -124,8 +135,8 @@ fn attribute(word: &str) -> Option<(u64, u64)> {
         "symfollow" => (0, NOSYMFOLLOW),
         // One of three modes, of which relatime is the one without a bit.
         "noatime" => (NOATIME, ATIME & !NOATIME),
-        "strictatime" | "norelatime" => (STRICTATIME, ATIME & !STRICTATIME),
-        "relatime" | "atime" | "nostrictatime" => (0, ATIME),
+        "strictatime" => (STRICTATIME, ATIME & !STRICTATIME),
+        "relatime" | "atime" | "nostrictatime" | "norelatime" => (0, ATIME),
         _ => return None,
     })
 }
@@ -203,9 +214,63 @@ mod tests {
         assert_eq!(parse(&["rbind", "bind"]).unwrap().bind, Some(true));
     }
 
+    /// Each word of the runtime spec's list, and what it means: of this mount (set, clear), and with its `r` form.
+    #[test]
+    fn the_words_of_the_spec_have_their_meaning() {
+        let plain = |set, clear| Attributes { set, clear };
+        for (word, meant) in [
+            ("ro", plain(RDONLY, 0)),
+            ("rw", plain(0, RDONLY)),
+            ("nosuid", plain(NOSUID, 0)),
+            ("suid", plain(0, NOSUID)),
+            ("nodev", plain(NODEV, 0)),
+            ("dev", plain(0, NODEV)),
+            ("noexec", plain(NOEXEC, 0)),
+            ("exec", plain(0, NOEXEC)),
+            ("nodiratime", plain(NODIRATIME, 0)),
+            ("diratime", plain(0, NODIRATIME)),
+            ("nosymfollow", plain(NOSYMFOLLOW, 0)),
+            ("symfollow", plain(0, NOSYMFOLLOW)),
+            ("noatime", plain(NOATIME, ATIME)),
+            ("atime", plain(0, ATIME)),
+            ("relatime", plain(0, ATIME)),
+            ("norelatime", plain(0, ATIME)),
+            ("strictatime", plain(STRICTATIME, ATIME)),
+            ("nostrictatime", plain(0, ATIME)),
+        ] {
+            assert_eq!(parse(&[word]).unwrap().attributes, meant, "{word}");
+            let recursive = parse(&[&format!("r{word}")]).unwrap();
+            assert_eq!(recursive.recursive, meant, "r{word}");
+            assert_eq!(recursive.attributes, Attributes::default(), "r{word}");
+            assert!(recursive.data.is_empty());
+        }
+        for (word, meant) in [
+            ("private", (libc::MS_PRIVATE, false)),
+            ("rprivate", (libc::MS_PRIVATE, true)),
+            ("shared", (libc::MS_SHARED, false)),
+            ("rshared", (libc::MS_SHARED, true)),
+            ("slave", (libc::MS_SLAVE, false)),
+            ("rslave", (libc::MS_SLAVE, true)),
+            ("unbindable", (libc::MS_UNBINDABLE, false)),
+            ("runbindable", (libc::MS_UNBINDABLE, true)),
+        ] {
+            assert_eq!(parse(&[word]).unwrap().propagation, [meant], "{word}");
+        }
+        for word in ["defaults", "silent", "loud", "mand", "nomand", "noiversion"] {
+            assert_eq!(parse(&[word]).unwrap(), Options::default(), "{word}");
+        }
+        for word in ["sync", "async", "dirsync", "lazytime", "nolazytime", "acl"] {
+            let word_alone = CString::new(word).unwrap();
+            assert_eq!(parse(&[word]).unwrap().data, [(word_alone, None)]);
+        }
+        assert_eq!(parse(&["idmap"]).unwrap().id_mapped, Some(false));
+        assert_eq!(parse(&["ridmap", "idmap"]).unwrap().id_mapped, Some(true));
+        assert!(parse(&["tmpcopyup"]).unwrap().copy_up);
+    }
+
     #[test]
     fn unsupported_words_are_named() {
-        for word in ["idmap", "tmpcopyup", "remount", "a\0b"] {
+        for word in ["iversion", "remount", "a\0b"] {
             let fault = parse(&[word]).unwrap_err();
             assert!(
                 fault.message.starts_with(&format!("mounts[0].options: {word:?}")),

@@ -11,9 +11,10 @@ use std::{
 };
 
 use nix::sys::stat::{SFlag, fstat};
-use oci_spec::runtime::Mount;
+use oci_spec::runtime::{LinuxIdMapping, Mount};
 
 use super::{
+    copy_up,
     mount_options::Options,
     root::{Kind, Root},
 };
@@ -92,16 +93,26 @@ fn plan_one(index: usize, mount: &Mount, volume: Option<PathBuf>) -> Result<Moun
     {
         return refuse(".destination", "must be a path below /");
     }
-    if mount.uid_mappings().is_some() || mount.gid_mappings().is_some() {
-        return refuse(".uidMappings", "mapped mounts are not supported yet");
-    }
     let mut options = Options::parse(mount.options().as_deref().unwrap_or_default(), &name)?;
+    let given = |list: &Option<Vec<_>>| {
+        list.as_ref()
+            .is_some_and(|list: &Vec<LinuxIdMapping>| !list.is_empty())
+    };
+    let mapped = given(mount.uid_mappings()) || given(mount.gid_mappings());
     let kind = mount.typ().as_deref().unwrap_or_default();
     if kind == "bind" || options.bind.is_some() {
         options.bind.get_or_insert(false);
+        if options.copy_up {
+            return refuse(".options", "\"tmpcopyup\" is an option of tmpfs only");
+        }
+        // These say what is so anyway.
+        options
+            .data
+            .retain(|(key, _)| key.as_c_str() != c"async" && key.as_c_str() != c"nolazytime");
         if let Some((key, _)) = options.data.first() {
             return refuse(".options", &format!("{key:?} is not an option of a bind mount"));
         }
+        // Mapped owners are the host's work: the volume comes with them.
         let Some(source) = volume else {
             return refuse(".source", "the host has not shared this path with the guest");
         };
@@ -115,6 +126,12 @@ fn plan_one(index: usize, mount: &Mount, volume: Option<PathBuf>) -> Result<Moun
     if volume.is_some() {
         return refuse(".type", "a volume must be a bind mount");
     }
+    if mapped || options.id_mapped.is_some() {
+        return refuse(
+            ".uidMappings",
+            "id-mapped mounts are only supported for bind-mounts",
+        );
+    }
     // Containers see version 2 only, by whichever name the engine calls it.
     let kind = if kind == "cgroup" { "cgroup2" } else { kind };
     if !GUEST_TYPES.contains(&kind) {
@@ -122,6 +139,9 @@ fn plan_one(index: usize, mount: &Mount, volume: Option<PathBuf>) -> Result<Moun
             ".type",
             &format!("file systems of type {kind:?} are not supported"),
         );
+    }
+    if options.copy_up && kind != "tmpfs" {
+        return refuse(".options", "\"tmpcopyup\" is an option of tmpfs only");
     }
     let text = |bytes: &[u8]| CString::new(bytes).map_err(|_| Fault::spec(&name, "contains a NUL character"));
     let source = mount
@@ -208,6 +228,14 @@ impl MountPlan {
                     Some(tree) => tree.try_clone().map_err(failed("use the file system"))?,
                     None => self.make(kind, source.as_ref(), mode)?,
                 };
+                if self.options.copy_up && existed {
+                    let own = |key: &CString| matches!(key.to_bytes(), b"uid" | b"gid");
+                    let owner = !self.options.data.iter().any(|(key, _)| own(key));
+                    let below = root.open(&self.destination, libc::O_RDONLY | libc::O_DIRECTORY);
+                    below
+                        .and_then(|below| copy_up::copy(&below, &tree, owner))
+                        .map_err(failed("tmpcopyup"))?;
+                }
                 (tree, place)
             }
         };
@@ -316,7 +344,7 @@ mod tests {
             ),
             (
                 "mounts[0] (/a).options",
-                r#"[{"destination":"/a","type":"tmpfs","options":["tmpcopyup"]}]"#,
+                r#"[{"destination":"/a","type":"proc","options":["tmpcopyup"]}]"#,
             ),
             (
                 "mounts[0] (/a).options",
@@ -324,7 +352,7 @@ mod tests {
             ),
             (
                 "mounts[0] (/a).uidMappings",
-                r#"[{"destination":"/a","type":"bind","uidMappings":[{"hostID":1,"containerID":0,"size":1}]}]"#,
+                r#"[{"destination":"/a","type":"tmpfs","uidMappings":[{"hostID":1,"containerID":0,"size":1}]}]"#,
             ),
         ] {
             let fault = plan_json(json, &[]).unwrap_err();
