@@ -299,8 +299,10 @@ impl FakeAgent {
                     .unwrap();
                 exited(137);
             }
-            "cat" => {
+            // `cat` leaves its stderr undialled; `tee` writes what it reads there, too.
+            "cat" | "tee" => {
                 let machine = Arc::clone(&self.machine);
+                let tee = command == "tee";
                 std::thread::spawn(move || {
                     let (input, output) = (machine.dial(stdio.stdin_port), machine.dial(stdio.stdout_port));
                     let mut bytes = Vec::new();
@@ -310,6 +312,13 @@ impl FakeAgent {
                     // Output is drained on its own, after the exit.
                     std::thread::sleep(Duration::from_millis(50));
                     output.write_all(&bytes).unwrap();
+                    if tee {
+                        machine
+                            .dial(stdio.stderr_port)
+                            .unwrap()
+                            .write_all(&bytes)
+                            .unwrap();
+                    }
                 });
             }
             code => exited(code.strip_prefix("exit").unwrap().parse().unwrap()),

@@ -4,6 +4,14 @@ use nix::{sys::stat::Mode, unistd::mkfifo};
 
 use super::*;
 
+async fn opened_by(names: &Names) -> Result<(Stdio, Held), IoError> {
+    let whose = Whose {
+        namespace: "ns",
+        id: "c",
+    };
+    open(names, whose, &Loggers::default()).await
+}
+
 fn fifo(dir: &tempfile::TempDir, name: &str) -> String {
     let path = dir.path().join(name);
     mkfifo(&path, Mode::S_IRWXU).unwrap();
@@ -19,14 +27,14 @@ fn client(path: &str, write: bool) -> File {
         .unwrap()
 }
 
-#[test]
-fn an_output_outlives_its_client_and_ends_when_the_writer_does() {
+#[tokio::test]
+async fn an_output_outlives_its_client_and_ends_when_the_writer_does() {
     let dir = tempfile::tempdir().unwrap();
     let names = Names {
         stdout: fifo(&dir, "out"),
         ..Names::default()
     };
-    let (stdio, mut held) = open(&names).unwrap();
+    let (stdio, mut held) = opened_by(&names).await.unwrap();
     assert!(stdio.stdin.is_none() && stdio.stderr.is_none());
     let mut writer = File::from(stdio.stdout.unwrap());
     // No client yet, and after one has gone: no SIGPIPE, no EPIPE.
@@ -41,14 +49,14 @@ fn an_output_outlives_its_client_and_ends_when_the_writer_does() {
     assert_eq!(text, "one two");
 }
 
-#[test]
-fn an_input_ends_when_it_is_closed_and_not_when_its_client_goes() {
+#[tokio::test]
+async fn an_input_ends_when_it_is_closed_and_not_when_its_client_goes() {
     let dir = tempfile::tempdir().unwrap();
     let names = Names {
         stdin: fifo(&dir, "in"),
         ..Names::default()
     };
-    let (stdio, mut held) = open(&names).unwrap();
+    let (stdio, mut held) = opened_by(&names).await.unwrap();
     let mut reader = File::from(stdio.stdin.unwrap());
     let mut buffer = [0; 16];
     assert_eq!(
@@ -71,8 +79,8 @@ fn an_input_ends_when_it_is_closed_and_not_when_its_client_goes() {
     assert_eq!(reader.read(&mut buffer).unwrap(), 0);
 }
 
-#[test]
-fn a_file_is_made_with_its_directories_and_appended_to() {
+#[tokio::test]
+async fn a_file_is_made_with_its_directories_and_appended_to() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a/b/log");
     let uri = format!("file://{}", path.display());
@@ -81,14 +89,14 @@ fn a_file_is_made_with_its_directories_and_appended_to() {
         stderr: uri,
         ..Names::default()
     };
-    let (stdio, _held) = open(&names).unwrap();
+    let (stdio, _held) = opened_by(&names).await.unwrap();
     File::from(stdio.stdout.unwrap()).write_all(b"out").unwrap();
     File::from(stdio.stderr.unwrap()).write_all(b"err").unwrap();
     assert_eq!(std::fs::read_to_string(path).unwrap(), "outerr");
 }
 
-#[test]
-fn a_terminal_has_no_stderr() {
+#[tokio::test]
+async fn a_terminal_has_no_stderr() {
     let dir = tempfile::tempdir().unwrap();
     let names = Names {
         terminal: true,
@@ -96,23 +104,69 @@ fn a_terminal_has_no_stderr() {
         stdout: fifo(&dir, "out"),
         stderr: "/nonexistent".into(),
     };
-    let (stdio, _held) = open(&names).unwrap();
+    let (stdio, _held) = opened_by(&names).await.unwrap();
     assert!(stdio.terminal && stdio.stderr.is_none());
 }
 
-#[test]
-fn other_names_are_refused_with_what_to_do() {
-    let refused = |stdout: &str| {
+#[tokio::test]
+async fn a_file_s_name_is_a_uri() {
+    let dir = tempfile::tempdir().unwrap();
+    let names = Names {
+        stdout: format!("file://{}/a%20b?x=y#z", dir.path().display()),
+        ..Names::default()
+    };
+    let (stdio, _held) = opened_by(&names).await.unwrap();
+    File::from(stdio.stdout.unwrap()).write_all(b"out").unwrap();
+    let path = dir.path().join("a b");
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), "out");
+    use std::os::unix::fs::PermissionsExt;
+    assert_eq!(std::fs::metadata(path).unwrap().permissions().mode() & 0o133, 0);
+}
+
+#[tokio::test]
+async fn other_names_are_refused_with_what_to_do() {
+    let refused = async |stdout: &str, stderr: &str| {
         let names = Names {
             stdout: stdout.into(),
+            stderr: stderr.into(),
             ..Names::default()
         };
-        open(&names).unwrap_err().to_string()
+        opened_by(&names).await.unwrap_err().to_string()
     };
     assert_eq!(
-        refused("binary:///bin/logger?x=y"),
-        "binary:// as a container's output is not supported; use a FIFO or file://"
+        refused("https://x/y", "").await,
+        "https:// as a container's output is not supported; use a FIFO, file:// or binary://"
     );
-    assert!(refused("relative").contains("absolute path"));
-    assert!(refused("/nonexistent/fifo").starts_with("cannot open /nonexistent/fifo"));
+    for name in [
+        "relative",
+        "file://relative",
+        "binary://",
+        "binary:///x%",
+        "binary:///x?a=%zz",
+    ] {
+        assert!(
+            refused(name, "").await.contains("does not name a stream"),
+            "{name}"
+        );
+    }
+    assert!(
+        refused("/nonexistent/fifo", "")
+            .await
+            .starts_with("cannot open /nonexistent/fifo")
+    );
+    assert!(
+        refused("", "binary:///bin/true")
+            .await
+            .contains("stderr cannot have")
+    );
+    assert!(
+        refused("binary:///bin/true", "binary:///bin/false")
+            .await
+            .contains("stderr cannot have")
+    );
+    let names = Names {
+        stdin: "binary:///bin/true".into(),
+        ..Names::default()
+    };
+    assert!(matches!(opened_by(&names).await, Err(IoError::Malformed(_))));
 }

@@ -13,6 +13,7 @@ pub mod delete;
 pub mod info;
 pub mod io;
 pub mod log;
+pub mod logger;
 pub mod metrics;
 pub mod order;
 pub mod pod;

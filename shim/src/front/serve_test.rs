@@ -132,7 +132,14 @@ async fn bad_creations_are_refused_and_leave_the_server_empty() {
     assert!(text.contains("terminal"), "{text}");
     let mut request = create("c");
     request.terminal = true;
-    request.stdout = "binary:///x".into();
+    request.stdout = "binary:///nonexistent".into();
+    let (code, text) = refused(&request).await;
+    assert_eq!(code, Code::INTERNAL);
+    assert!(
+        text.starts_with("cannot start the logging program /nonexistent: No such file"),
+        "{text}"
+    );
+    request.stdout = "https://x/y".into();
     assert_eq!(refused(&request).await.0, Code::UNIMPLEMENTED);
     let mut request = create("c");
     request.checkpoint = "/x".into();

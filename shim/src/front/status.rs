@@ -73,8 +73,9 @@ pub fn bundle(error: &BundleError) -> ttrpc::Error {
 pub fn io(error: &IoError) -> ttrpc::Error {
     let code = match error {
         IoError::Unsupported { .. } => Code::UNIMPLEMENTED,
-        IoError::Malformed(_) => Code::INVALID_ARGUMENT,
-        IoError::Open { .. } => Code::INTERNAL,
+        IoError::Malformed(_) | IoError::SecondLogger => Code::INVALID_ARGUMENT,
+        IoError::Open { .. } | IoError::Logger { .. } => Code::INTERNAL,
+        IoError::NotReady { .. } => Code::DEADLINE_EXCEEDED,
     };
     answer(code, chain(error))
 }

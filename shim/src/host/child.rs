@@ -38,6 +38,31 @@ pub struct Program<'a> {
     pub fds: Vec<(RawFd, OwnedFd)>,
 }
 
+/// What a program finds besides its descriptors.
+#[derive(Debug)]
+pub struct Surroundings {
+    /// Its arguments, without its own name.
+    pub args: Vec<CString>,
+    /// Its environment, `NAME=value` each.
+    pub env: Vec<CString>,
+    /// The mode bits that files which it makes do not get.
+    pub umask: libc::mode_t,
+    /// It is killed when this process dies.
+    pub dies_with_us: bool,
+}
+
+impl Default for Surroundings {
+    /// Those of husk's own programs.
+    fn default() -> Self {
+        Self {
+            args: Vec::new(),
+            env: Vec::new(),
+            umask: 0o077,
+            dies_with_us: true,
+        }
+    }
+}
+
 /// A running (or ended) child.
 #[derive(Clone, Debug)]
 pub struct Child {
@@ -64,6 +89,13 @@ impl Child {
         }
     }
 
+    /// Asks it to end. One that has ended is fine.
+    pub fn terminate(&self) {
+        if let Err(error) = pidfd_signal(&self.pidfd, libc::SIGTERM) {
+            tracing::error!(pid = self.pid(), %error, "cannot signal a child");
+        }
+    }
+
     /// Waits for its end; tells how it ended, e.g. `was killed by SIGKILL`.
     pub async fn ended(&self) -> String {
         let mut ended = self.ended.clone();
@@ -80,7 +112,15 @@ impl Child {
 /// # Errors
 /// When it cannot be executed.
 pub async fn spawn(program: Program<'_>) -> io::Result<Child> {
-    let plan = Plan::new(program)?;
+    spawn_in(program, Surroundings::default()).await
+}
+
+/// As [`spawn`], with `surroundings` of the caller's.
+///
+/// # Errors
+/// As [`spawn`].
+pub async fn spawn_in(program: Program<'_>, surroundings: Surroundings) -> io::Result<Child> {
+    let plan = Plan::new(program, surroundings)?;
     let (started, child) = oneshot::channel();
     std::thread::Builder::new()
         .name("husk-child".into())
@@ -96,12 +136,16 @@ struct Plan {
     fds: Vec<(RawFd, OwnedFd)>,
     end: u32,
     root: CString,
+    args: Vec<CString>,
+    env: Vec<CString>,
+    umask: libc::mode_t,
+    dies_with_us: bool,
     failure: OwnedFd,
     result: OwnedFd,
 }
 
 impl Plan {
-    fn new(program: Program<'_>) -> io::Result<Self> {
+    fn new(program: Program<'_>, surroundings: Surroundings) -> io::Result<Self> {
         let name = program.path.file_name().unwrap_or(program.path.as_os_str());
         let mut fds = Vec::with_capacity(program.fds.len() + 2);
         for (number, fd) in program.fds {
@@ -129,6 +173,10 @@ impl Plan {
             fds,
             end: u32::try_from(end).map_err(io::Error::other)?,
             root: c"/".into(),
+            args: surroundings.args,
+            env: surroundings.env,
+            umask: surroundings.umask,
+            dies_with_us: surroundings.dies_with_us,
             failure: stage(&failure)?,
             result,
         })
@@ -148,8 +196,11 @@ fn run(plan: Plan, started: oneshot::Sender<io::Result<Child>>) {
         let _ = started.send(Err(error.into()));
         return;
     }
-    let argv = [plan.name.as_ptr(), std::ptr::null()];
-    let envp = [std::ptr::null::<c_char>()];
+    let null = std::iter::once(std::ptr::null());
+    let own_name = std::iter::once(plan.name.as_ptr());
+    let args = plan.args.iter().map(|arg| arg.as_ptr());
+    let argv: Vec<*const c_char> = own_name.chain(args).chain(null.clone()).collect();
+    let envp: Vec<*const c_char> = plan.env.iter().map(|name| name.as_ptr()).chain(null).collect();
     let parent = std::process::id() as libc::pid_t;
     // SAFETY: the child calls only async-signal-safe functions (see `child`) and never returns.
     let pid = match unsafe { libc::fork() } {
@@ -220,7 +271,7 @@ unsafe fn child(plan: &Plan, parent: libc::pid_t, argv: &[*const c_char], envp: 
             libc::_exit(127)
         };
         if libc::setsid() < 0
-            || libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0
+            || (plan.dies_with_us && libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0)
             || libc::chdir(plan.root.as_ptr()) != 0
         {
             fail();
@@ -229,7 +280,7 @@ unsafe fn child(plan: &Plan, parent: libc::pid_t, argv: &[*const c_char], envp: 
         if libc::getppid() != parent {
             libc::_exit(127);
         }
-        libc::umask(0o077);
+        libc::umask(plan.umask);
         for (number, fd) in &plan.fds {
             if libc::dup2(fd.as_raw_fd(), *number) < 0 {
                 fail();

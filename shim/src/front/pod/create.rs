@@ -14,10 +14,11 @@ use ttrpc::Code;
 
 use super::{Exec, Pod, Slot, Task};
 use crate::{
-    engine::{CreateContainer, Programs, Sandbox, SandboxConfig, StartError},
+    engine::{CreateContainer, Programs, Sandbox, SandboxConfig, StartError, Stdio},
     front::{
         bundle::Bundle,
-        io::{self, Names},
+        io::{self, Held, Names},
+        logger::Whose,
         sizing::{Host, Size},
         start::write_atomically,
         status::{self, answer},
@@ -91,7 +92,7 @@ impl Pod {
             let text = "config.json and the request do not agree on whether the process has a terminal";
             return Err(answer(Code::INVALID_ARGUMENT, text));
         }
-        let (stdio, held) = io::open(&config.names).map_err(|error| status::io(&error))?;
+        let (stdio, held) = self.open(&config.names, &config.id).await?;
         let sandbox = self.sandbox(&bundle).await?;
         let request = CreateContainer {
             id: config.id.clone(),
@@ -127,6 +128,7 @@ impl Pod {
             pid,
             bundle: config.bundle,
             names: config.names,
+            logger: held.logger(),
             held,
             execs: HashMap::new(),
         };
@@ -137,6 +139,17 @@ impl Pod {
         let announcements = state.order.created(&config.id);
         self.announce(&mut state, announcements);
         Ok(pid)
+    }
+
+    /// Opens the streams of a container or exec.
+    async fn open(&self, names: &Names, id: &str) -> ttrpc::Result<(Stdio, Held)> {
+        let whose = Whose {
+            namespace: &self.namespace,
+            id,
+        };
+        io::open(names, whose, &self.loggers)
+            .await
+            .map_err(|error| status::io(&error))
     }
 
     /// The sandbox, started if need be for the container in `bundle`.
@@ -223,7 +236,7 @@ impl Pod {
             sandbox
         };
         let spec = with_terminal(spec, names.terminal)?;
-        let (stdio, held) = io::open(&names).map_err(|error| status::io(&error))?;
+        let (stdio, held) = self.open(&names, exec).await?;
         sandbox
             .add_exec(id, exec, spec, stdio)
             .await
@@ -232,6 +245,7 @@ impl Pod {
         if let Some(task) = state.tasks.get_mut(id) {
             let added = Exec {
                 names,
+                logger: held.logger(),
                 held,
                 started: false,
             };

@@ -68,9 +68,19 @@ impl Pod {
     /// # Errors
     /// `FAILED_PRECONDITION` while it runs; `NOT_FOUND`.
     pub async fn delete(&self, id: &str, exec: Option<&str>) -> ttrpc::Result<(u32, Exit)> {
-        let (sandbox, pid) = self.lock().find(id, exec)?;
+        let (sandbox, pid, logger) = {
+            let state = self.lock();
+            let (sandbox, pid) = state.find(id, exec)?;
+            (sandbox, pid, state.logger(id, exec))
+        };
         if let Ok(ProcessStatus::Stopped { .. }) = sandbox.status(id, exec) {
-            if timeout(DRAIN_TIMEOUT, sandbox.drained(id, exec)).await.is_err() {
+            let written = async {
+                sandbox.drained(id, exec).await;
+                if let Some(logger) = logger {
+                    logger.ended().await;
+                }
+            };
+            if timeout(DRAIN_TIMEOUT, written).await.is_err() {
                 tracing::warn!("{}: the rest of its output is given up", name(id, exec));
             }
             self.announced(id, exec).await;

@@ -21,16 +21,22 @@ pub use create::TaskConfig;
 
 use super::{
     io::{Held, Names},
+    logger::Loggers,
     order::Order,
     publish::Publisher,
     status::{self, answer},
 };
-use crate::engine::{EngineError, Event, Exit, ProcessStatus, Sandbox};
+use crate::{
+    engine::{EngineError, Event, Exit, ProcessStatus, Sandbox},
+    host::child::Child,
+};
 
 /// How long a delete waits until the exit that it reports has been announced.
 const ANNOUNCE_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long the end of the server waits for containerd to take the last events.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long the end of the server waits for logging programs that have all of their input.
+const LOGGERS_TIMEOUT: Duration = Duration::from_secs(2);
 /// The largest signal number.
 const MAX_SIGNAL: u32 = 64;
 
@@ -53,6 +59,7 @@ pub struct Pod {
     id: String,
     publisher: Publisher,
     events: mpsc::UnboundedSender<Event>,
+    loggers: Loggers,
     state: Mutex<State>,
     /// Counts the engine's events that were handled.
     handled: watch::Sender<u64>,
@@ -88,12 +95,14 @@ struct Task {
     bundle: String,
     names: Names,
     held: Held,
+    logger: Option<Child>,
     execs: HashMap<String, Exec>,
 }
 
 struct Exec {
     names: Names,
     held: Held,
+    logger: Option<Child>,
     started: bool,
 }
 
@@ -117,6 +126,7 @@ impl Pod {
             id,
             publisher,
             events,
+            loggers: Loggers::default(),
             state: Mutex::default(),
             handled: watch::Sender::new(0),
             finished: watch::Sender::new(false),
@@ -284,6 +294,7 @@ impl Pod {
         let all_over = |state: &State| state.tasks.keys().all(|id| state.order.is_over(id, None));
         let mut handled = self.handled.subscribe();
         let _ = timeout(ANNOUNCE_TIMEOUT, handled.wait_for(|_| all_over(&self.lock()))).await;
+        self.loggers.ended(LOGGERS_TIMEOUT).await;
         self.publisher.flush(FLUSH_TIMEOUT).await;
         self.finished.send_replace(true);
     }
@@ -329,6 +340,15 @@ impl State {
         }
         let sandbox = self.sandbox.get().ok_or_else(|| not_found(id, None))?;
         Ok((sandbox, task.pid))
+    }
+
+    /// The logging program of a process.
+    fn logger(&self, id: &str, exec: Option<&str>) -> Option<Child> {
+        let task = self.tasks.get(id)?;
+        match exec {
+            None => task.logger.clone(),
+            Some(exec) => task.execs.get(exec)?.logger.clone(),
+        }
     }
 
     fn held(&mut self, id: &str, exec: Option<&str>) -> Option<&mut Held> {

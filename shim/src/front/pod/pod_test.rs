@@ -101,6 +101,10 @@ impl Theatre {
     }
 
     pub async fn create(&self, id: &str, command: &str) -> ttrpc::Result<u32> {
+        self.create_with(id, command, Names::default()).await
+    }
+
+    async fn create_with(&self, id: &str, command: &str, names: Names) -> ttrpc::Result<u32> {
         let bundle = self.dir.path().join(id);
         fs::create_dir_all(bundle.join("rootfs")).unwrap();
         let spec = serde_json::json!({ "process": { "args": [command] }, "root": { "path": "rootfs" } });
@@ -108,7 +112,7 @@ impl Theatre {
         let config = TaskConfig {
             id: id.into(),
             bundle: bundle.to_str().unwrap().into(),
-            names: Names::default(),
+            names,
             rootfs: vec![],
             announced_rootfs: vec![],
         };
@@ -394,4 +398,41 @@ async fn out_of_memory_is_told_before_the_exit() {
         ["create", "start", "oom", "exit c 137", "delete c 137"]
     );
     soon(pod.end()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_is_complete_when_the_container_is_deleted() {
+    use std::os::unix::fs::PermissionsExt;
+    let theatre = Theatre::open().await;
+    let dir = theatre.dir.path();
+    let (logger, log, input) = (dir.join("logger"), dir.join("log"), dir.join("input"));
+    // It takes its time, and only it knows that the log is complete.
+    let script = format!(
+        "#!/bin/sh\nexec 5>&-; cat <&3 >{log}.part; cat <&4 >>{log}.part; sleep 0.3; echo $CONTAINER_NAMESPACE/$CONTAINER_ID >>{log}.part; mv {log}.part {log}\n",
+        log = log.display()
+    );
+    fs::write(&logger, script).unwrap();
+    fs::set_permissions(&logger, fs::Permissions::from_mode(0o755)).unwrap();
+    fs::write(&input, "logged\n").unwrap();
+    let names = Names {
+        stdin: input.to_str().unwrap().to_owned(),
+        stdout: format!("binary://{}", logger.display()),
+        ..Names::default()
+    };
+    theatre.create_with("c", "tee", names.clone()).await.unwrap();
+    soon(theatre.pod.start("c", None)).await.unwrap();
+    soon(theatre.pod.wait("c", None)).await.unwrap();
+    soon(theatre.pod.delete("c", None)).await.unwrap();
+    assert_eq!(fs::read_to_string(&log).unwrap(), "logged\nlogged\nns/c\n");
+    // One that is never started has a log, too, which ends.
+    theatre.create_with("d", "cat", names.clone()).await.unwrap();
+    soon(theatre.pod.delete("d", None)).await.unwrap();
+    let none = Names {
+        stdout: "binary:///nonexistent".into(),
+        ..Names::default()
+    };
+    assert_eq!(code(theatre.create_with("e", "cat", none).await), Code::INTERNAL);
+    soon(theatre.pod.end()).await;
+    assert!(theatre.is_bare());
+    assert_eq!(fs::read_to_string(&log).unwrap(), "ns/d\n");
 }
