@@ -5,7 +5,10 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use super::EngineError;
-use crate::host::volume::Volume;
+use crate::host::{
+    idmap::{IdMap, Range},
+    volume::Volume,
+};
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -15,6 +18,25 @@ struct Config {
     #[serde(default)]
     mounts: Vec<Mount>,
     hooks: Option<Hooks>,
+    linux: Option<Mappings>,
+}
+
+/// Of `linux` or of a mount. Ids of the container (of the file system) are those of the host (on the mount).
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct Mappings {
+    uid_mappings: Option<Vec<IdMapping>>,
+    gid_mappings: Option<Vec<IdMapping>>,
+}
+
+#[derive(Clone, Copy, Deserialize)]
+struct IdMapping {
+    #[serde(rename = "containerID", default)]
+    container_id: u32,
+    #[serde(rename = "hostID", default)]
+    host_id: u32,
+    #[serde(default)]
+    size: u32,
 }
 
 #[derive(Deserialize)]
@@ -37,6 +59,8 @@ struct Mount {
     source: Option<PathBuf>,
     #[serde(default)]
     options: Vec<String>,
+    #[serde(flatten)]
+    mappings: Mappings,
 }
 
 #[derive(Default, Deserialize)]
@@ -76,12 +100,13 @@ impl Spec {
             return Err(invalid("config.json has an empty root.path"));
         }
         check_hooks(&config.hooks.unwrap_or_default())?;
+        let linux = config.linux.unwrap_or_default();
         let volumes = config
             .mounts
             .into_iter()
             .enumerate()
             .filter(|(_, mount)| mount.is_bind())
-            .map(|(index, mount)| mount.into_volume(index, bundle))
+            .map(|(index, mount)| mount.into_volume(index, bundle, &linux))
             .collect::<Result<_, _>>()?;
         Ok(Self {
             root: bundle.join(root.path),
@@ -138,13 +163,19 @@ impl Mount {
         self.kind == "bind" || self.has("bind") || self.has("rbind")
     }
 
-    fn into_volume(self, index: usize, bundle: &Path) -> Result<Volume, EngineError> {
+    fn into_volume(self, index: usize, bundle: &Path, container: &Mappings) -> Result<Volume, EngineError> {
+        let id_map = self.id_map(index, container)?;
         let read_only = self
             .options
             .iter()
             .rfind(|option| matches!(option.as_str(), "ro" | "rw"));
         let read_only = read_only.is_some_and(|option| option == "ro") || self.has("rro");
         let recursive = self.has("rbind");
+        let below = self
+            .options
+            .iter()
+            .rfind(|option| matches!(option.as_str(), "rro" | "rrw"));
+        let read_only_below = below.is_some_and(|option| option == "rro");
         let source = self.source.filter(|source| !source.as_os_str().is_empty());
         let source =
             source.ok_or_else(|| invalid(&format!("mounts[{index}] is a bind mount without a source")))?;
@@ -154,7 +185,46 @@ impl Mount {
             source: bundle.join(source),
             recursive,
             read_only,
+            read_only_below,
+            id_map,
         })
+    }
+
+    /// Whose the files of the mount appear to be: by its own mappings or, if it only asks for some, by the container's.
+    fn id_map(&self, index: usize, container: &Mappings) -> Result<Option<IdMap>, EngineError> {
+        let given = |mappings: &Mappings| {
+            let ranges = |list: &Option<Vec<IdMapping>>| {
+                let ranges = list.iter().flatten().map(|mapping| Range {
+                    inside: mapping.container_id,
+                    outside: mapping.host_id,
+                    size: mapping.size,
+                });
+                ranges.collect::<Vec<_>>()
+            };
+            (ranges(&mappings.uid_mappings), ranges(&mappings.gid_mappings))
+        };
+        let (mut users, mut groups) = given(&self.mappings);
+        if users.is_empty() && groups.is_empty() {
+            if !self.has("idmap") && !self.has("ridmap") {
+                return Ok(None);
+            }
+            (users, groups) = given(container);
+            if users.is_empty() || groups.is_empty() {
+                return Err(invalid(&format!(
+                    "mounts[{index}].options: idmap without mappings needs those of a user namespace"
+                )));
+            }
+        }
+        if users.is_empty() || groups.is_empty() {
+            return Err(invalid(&format!(
+                "mounts[{index}].uidMappings: id-mapped mounts must have both uid and gid mappings specified"
+            )));
+        }
+        Ok(Some(IdMap {
+            users,
+            groups,
+            recursive: self.has("ridmap"),
+        }))
     }
 }
 
@@ -185,6 +255,8 @@ mod tests {
             source: source.into(),
             recursive,
             read_only,
+            read_only_below: false,
+            id_map: None,
         };
         assert_eq!(
             spec.volumes,
@@ -194,6 +266,46 @@ mod tests {
             ]
         );
         assert_eq!(spec.root, Path::new("/b/rootfs"));
+    }
+
+    #[test]
+    fn volumes_are_mapped_as_the_spec_says() {
+        let own = r#""uidMappings":[{"containerID":0,"hostID":5,"size":9}],"gidMappings":[{"containerID":1,"hostID":6,"size":8}]"#;
+        let map = |mount: &str, linux: &str| {
+            let spec = read(&format!(
+                r#"{{"process":{{"args":["sh"]}},"root":{{"path":"r"}},"linux":{{{linux}}},
+                    "mounts":[{{"destination":"/a","type":"bind","source":"/a",{mount}}}]}}"#
+            ))?;
+            Ok::<_, String>(spec.volumes.first().and_then(|volume| volume.id_map.clone()))
+        };
+        let range = |inside, outside, size| Range {
+            inside,
+            outside,
+            size,
+        };
+        let expected = IdMap {
+            users: vec![range(0, 5, 9)],
+            groups: vec![range(1, 6, 8)],
+            recursive: false,
+        };
+        assert_eq!(map(own, "").unwrap(), Some(expected.clone()));
+        assert_eq!(
+            map(r#""options":["idmap"]"#, own).unwrap(),
+            Some(expected.clone())
+        );
+        let recursive = map(&format!(r#""options":["ridmap"],{own}"#), "").unwrap();
+        assert_eq!(
+            recursive,
+            Some(IdMap {
+                recursive: true,
+                ..expected
+            })
+        );
+        assert_eq!(map(r#""options":["ro"]"#, own).unwrap(), None);
+        let error = map(r#""options":["idmap"]"#, "").unwrap_err();
+        assert!(error.contains("mounts[0].options"), "{error}");
+        let error = map(r#""uidMappings":[{"hostID":1,"size":1}]"#, "").unwrap_err();
+        assert!(error.contains("mounts[0].uidMappings"), "{error}");
     }
 
     #[test]

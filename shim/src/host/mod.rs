@@ -1,6 +1,7 @@
 //! One concept of the host each.
 
 pub mod child;
+pub mod idmap;
 pub mod memory;
 pub mod mount;
 pub mod pid;

@@ -177,6 +177,19 @@ pub struct Clone {
 /// # Errors
 /// The kernel's; then nothing is mounted.
 pub fn clone_tree(source: BorrowedFd<'_>, target: &Path, how: Clone) -> io::Result<()> {
+    clone_tree_with(source, target, how, |_| Ok(()))
+}
+
+/// As [`clone_tree`]; `change` may do more to the clone before it is mounted.
+///
+/// # Errors
+/// The kernel's, and those of `change`; then nothing is mounted.
+pub fn clone_tree_with(
+    source: BorrowedFd<'_>,
+    target: &Path,
+    how: Clone,
+    change: impl FnOnce(BorrowedFd<'_>) -> io::Result<()>,
+) -> io::Result<()> {
     let recursive = if how.recursive {
         libc::AT_RECURSIVE as u32
     } else {
@@ -199,6 +212,7 @@ pub fn clone_tree(source: BorrowedFd<'_>, target: &Path, how: Clone) -> io::Resu
     if how.read_only {
         set_attributes(tree.as_fd(), 0, libc::MOUNT_ATTR_RDONLY, 0)?;
     }
+    change(tree.as_fd())?;
     let target = CString::new(target.as_os_str().as_bytes())?;
     // SAFETY: both paths are C strings; the descriptor is open for the length of the call.
     let moved = unsafe {
@@ -216,6 +230,14 @@ pub fn clone_tree(source: BorrowedFd<'_>, target: &Path, how: Clone) -> io::Resu
     } else {
         Err(io::Error::last_os_error())
     }
+}
+
+/// Makes a mount and all below it read-only.
+///
+/// # Errors
+/// The kernel's.
+pub fn set_read_only_below(mount: BorrowedFd<'_>) -> io::Result<()> {
+    set_attributes(mount, libc::AT_RECURSIVE as u32, libc::MOUNT_ATTR_RDONLY, 0)
 }
 
 fn set_attributes(mount: BorrowedFd<'_>, flags: u32, set: u64, propagation: u64) -> io::Result<()> {

@@ -9,7 +9,10 @@ use std::{
 
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, FsType, PROC_SUPER_MAGIC, fstatfs};
 
-use super::mount::{Clone, clone_tree, open_path};
+use super::{
+    idmap::IdMap,
+    mount::{Clone, clone_tree_with, open_path, set_read_only_below},
+};
 
 /// `SYSFS_MAGIC` of magic.h.
 const SYSFS_MAGIC: FsType = FsType(0x6265_6572);
@@ -25,6 +28,10 @@ pub struct Volume {
     pub recursive: bool,
     /// Nothing may be written through it.
     pub read_only: bool,
+    /// Nor through the mounts below the source.
+    pub read_only_below: bool,
+    /// Whose its files appear to be.
+    pub id_map: Option<IdMap>,
 }
 
 /// Why a volume could not be made.
@@ -36,6 +43,17 @@ pub enum VolumeError {
         /// The source.
         path: PathBuf,
         /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Its owners cannot be mapped.
+    #[error("mounts[{index}].uidMappings: cannot map the owners of {}", path.display())]
+    Mapping {
+        /// The mount's place in the spec.
+        index: u32,
+        /// The source.
+        path: PathBuf,
+        /// Why: `EINVAL` if the file system has no mapped mounts, or the mapping is wrong.
         #[source]
         source: io::Error,
     },
@@ -76,7 +94,24 @@ impl Volume {
             read_only: self.read_only,
             follow: true,
         };
-        clone_tree(source.as_fd(), target, how).map_err(error)
+        let mut mapped = Ok(());
+        let cloned = clone_tree_with(source.as_fd(), target, how, |tree| {
+            if self.read_only_below {
+                set_read_only_below(tree)?;
+            }
+            mapped = self.id_map.as_ref().map_or(Ok(()), |map| map.apply(tree));
+            mapped
+                .as_ref()
+                .map_or(Err(io::ErrorKind::Other.into()), |()| Ok(()))
+        });
+        match mapped {
+            Err(source) => Err(VolumeError::Mapping {
+                index: self.index,
+                path: self.source.clone(),
+                source,
+            }),
+            Ok(()) => cloned.map_err(error),
+        }
     }
 }
 
@@ -91,6 +126,8 @@ mod tests {
             source: source.to_owned(),
             recursive: true,
             read_only,
+            read_only_below: false,
+            id_map: None,
         }
     }
 
@@ -115,6 +152,82 @@ mod tests {
         fs::write(target.join("new"), "x").unwrap();
         unmount(&target).unwrap();
         assert!(sub.join("new").exists());
+    }
+
+    #[test]
+    fn the_owners_of_a_mapped_volume_are_mapped_both_ways() {
+        use std::os::unix::fs::{MetadataExt, chown};
+        let dir = tempfile::tempdir().unwrap();
+        let source = dir.path().join("source");
+        fs::create_dir(&source).unwrap();
+        fs::write(source.join("root's"), "").unwrap();
+        fs::write(source.join("stranger's"), "").unwrap();
+        chown(source.join("stranger's"), Some(70_000), Some(70_000)).unwrap();
+        let range = |size| super::super::idmap::Range {
+            inside: 0,
+            outside: 100_000,
+            size,
+        };
+        let mapped = Volume {
+            id_map: Some(IdMap {
+                users: vec![range(1000)],
+                groups: vec![range(1000)],
+                recursive: false,
+            }),
+            ..volume(&source, false)
+        };
+        let target = dir.path().join("target");
+        mapped.make(&target).unwrap();
+        let owner = |path: &Path| {
+            fs::metadata(path)
+                .map(|found| (found.uid(), found.gid()))
+                .unwrap()
+        };
+        assert_eq!(owner(&target.join("root's")), (100_000, 100_000));
+        // Ids that are not mapped are nobody's.
+        assert_eq!(owner(&target.join("stranger's")).0, 65_534);
+        chown(target.join("root's"), Some(100_005), Some(100_006)).unwrap();
+        assert_eq!(owner(&source.join("root's")), (5, 6));
+        // The file server makes files as their owners, by file-system ids: of this thread alone.
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                // SAFETY: no pointers are involved; the calls act on the calling thread.
+                unsafe {
+                    libc::syscall(libc::SYS_setfsgid, 100_001);
+                    libc::syscall(libc::SYS_setfsuid, 100_001);
+                }
+                chown(&source, Some(1), Some(1)).unwrap_err();
+                let made = fs::File::create(target.join("new"));
+                assert!(made.is_err(), "the directory is not theirs");
+            });
+        });
+        chown(&source, Some(1), Some(1)).unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                // SAFETY: as above.
+                unsafe {
+                    libc::syscall(libc::SYS_setfsgid, 100_001);
+                    libc::syscall(libc::SYS_setfsuid, 100_001);
+                }
+                fs::File::create(target.join("new")).unwrap();
+            });
+        });
+        assert_eq!(owner(&source.join("new")), (1, 1));
+        // Who is not mapped can own nothing here.
+        let refused = fs::File::create(target.join("other")).unwrap_err();
+        assert_eq!(refused.raw_os_error(), Some(libc::EOVERFLOW));
+        unmount(&target).unwrap();
+
+        let wrong = Volume {
+            id_map: Some(IdMap {
+                users: vec![range(0)],
+                groups: vec![range(1000)],
+                recursive: false,
+            }),
+            ..volume(&source, false)
+        };
+        let error = wrong.make(&dir.path().join("wrong")).unwrap_err();
+        assert!(matches!(error, VolumeError::Mapping { .. }), "{error}");
     }
 
     #[test]
