@@ -1,0 +1,155 @@
+//! The options, one line each: name, and how its value becomes part of the [`Config`].
+
+use std::{ops::RangeInclusive, path::PathBuf, str::FromStr, time::Duration};
+
+use husk_vmm_protocol::config::{MAX_KERNEL_PARAMS_LEN, MAX_VCPUS, MEMORY_MIB};
+use toml::de::DeValue;
+use tracing_subscriber::filter::LevelFilter;
+
+use super::{Annotation, Config, GuestLogLevel};
+
+/// An option.
+pub struct Key {
+    /// Its table.
+    pub table: &'static str,
+    /// Its name there.
+    pub name: &'static str,
+    /// Takes its value over. `Err`: what is wrong with it.
+    pub set: fn(&mut Config, &DeValue<'_>) -> Result<(), String>,
+}
+
+macro_rules! key {
+    ($table:ident . $name:ident, |$config:ident, $value:ident| $set:expr) => {
+        Key {
+            table: stringify!($table),
+            name: stringify!($name),
+            set: |$config, $value| {
+                $set;
+                Ok(())
+            },
+        }
+    };
+}
+
+const VCPUS: RangeInclusive<u64> = 1..=MAX_VCPUS as u64;
+const MIB: RangeInclusive<u64> = *MEMORY_MIB.start() as u64..=*MEMORY_MIB.end() as u64;
+const SECONDS: RangeInclusive<u64> = 1..=3600;
+const KIB: RangeInclusive<u64> = 4..=64 << 10;
+
+/// All of them, as `configs/husk.toml` lists them.
+pub const KEYS: [Key; 19] = [
+    key!(machine.vcpus, |c, v| c.machine.vcpus = Some(integer(v, VCPUS)?)),
+    key!(machine.memory_mib, |c, v| c.machine.memory_mib = integer(v, MIB)?),
+    key!(machine.memory_overhead_mib, |c, v| c
+        .machine
+        .memory_overhead_mib =
+        integer(v, 16..=65536)?),
+    key!(machine.max_vcpus, |c, v| c.machine.max_vcpus =
+        Some(integer(v, VCPUS)?)),
+    key!(machine.max_memory_mib, |c, v| c.machine.max_memory_mib =
+        Some(integer(v, MIB)?)),
+    key!(guest.kernel, |c, v| c.guest.kernel = Some(path(v)?)),
+    key!(guest.initramfs, |c, v| c.guest.initramfs = Some(path(v)?)),
+    key!(guest.kernel_params, |c, v| c.guest.kernel_params =
+        kernel_params(string(v)?)?),
+    key!(guest.log_level, |c, v| c.guest.log_level =
+        one_of(v, &GuestLogLevel::NAMES, GuestLogLevel::of)?),
+    key!(programs.vmm, |c, v| c.programs.vmm = Some(path(v)?)),
+    key!(programs.fsd, |c, v| c.programs.fsd = Some(path(v)?)),
+    key!(timeouts.boot_seconds, |c, v| c.timeouts.boot = seconds(v)?),
+    key!(timeouts.call_seconds, |c, v| c.timeouts.call = seconds(v)?),
+    key!(timeouts.shutdown_seconds, |c, v| c.timeouts.shutdown =
+        seconds(v)?),
+    key!(log.level, |c, v| c.log.level = one_of(v, &LEVELS, |name| {
+        LevelFilter::from_str(name).ok()
+    })?),
+    key!(log.journald, |c, v| c.log.journald = boolean(v)?),
+    key!(log.kept_kib, |c, v| c.log.kept = kib(v)?),
+    key!(log.console_kept_kib, |c, v| c.log.console_kept = kib(v)?),
+    key!(annotations.allowed, |c, v| c.allowed_annotations =
+        annotations(v)?),
+];
+
+/// What is logged, from little to much.
+const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
+
+fn integer<T: TryFrom<u64>>(value: &DeValue<'_>, range: RangeInclusive<u64>) -> Result<T, String> {
+    let (start, end) = (range.start(), range.end());
+    let wanted = format!("must be a whole number from {start} to {end}");
+    let DeValue::Integer(integer) = value else {
+        return Err(wanted);
+    };
+    let number = u64::from_str_radix(integer.as_str(), integer.radix()).ok();
+    number
+        .filter(|number| range.contains(number))
+        .and_then(|number| T::try_from(number).ok())
+        .ok_or(wanted)
+}
+
+fn seconds(value: &DeValue<'_>) -> Result<Duration, String> {
+    integer(value, SECONDS).map(Duration::from_secs)
+}
+
+fn kib(value: &DeValue<'_>) -> Result<usize, String> {
+    integer::<usize>(value, KIB).map(|kib| kib << 10)
+}
+
+fn boolean(value: &DeValue<'_>) -> Result<bool, String> {
+    match value {
+        DeValue::Boolean(value) => Ok(*value),
+        _ => Err("must be true or false".into()),
+    }
+}
+
+fn string<'a>(value: &'a DeValue<'_>) -> Result<&'a str, String> {
+    match value {
+        DeValue::String(value) => Ok(value),
+        _ => Err("must be a string".into()),
+    }
+}
+
+fn path(value: &DeValue<'_>) -> Result<PathBuf, String> {
+    let path = PathBuf::from(string(value)?);
+    if path.is_absolute() {
+        Ok(path)
+    } else {
+        Err("must be an absolute path".into())
+    }
+}
+
+fn one_of<T>(value: &DeValue<'_>, names: &[&str], of: impl Fn(&str) -> Option<T>) -> Result<T, String> {
+    let wanted = || format!("must be one of \"{}\"", names.join("\", \""));
+    let name = string(value).map_err(|_| wanted())?;
+    if !names.contains(&name) {
+        return Err(wanted());
+    }
+    of(name).ok_or_else(wanted)
+}
+
+/// Checks parameters for the guest's kernel; gives them back.
+pub fn kernel_params(params: &str) -> Result<String, String> {
+    if params.len() > MAX_KERNEL_PARAMS_LEN || !params.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
+        return Err(format!(
+            "must be at most {MAX_KERNEL_PARAMS_LEN} printable ASCII characters"
+        ));
+    }
+    Ok(params.trim().to_owned())
+}
+
+fn annotations(value: &DeValue<'_>) -> Result<Vec<Annotation>, String> {
+    let DeValue::Array(names) = value else {
+        return Err("must be a list of strings".into());
+    };
+    names
+        .iter()
+        .map(|name| {
+            let name = string(name.get_ref()).map_err(|_| "must be a list of strings".to_owned())?;
+            Annotation::of(name).ok_or_else(|| {
+                format!(
+                    "{name:?} is not an annotation of husk's; there are {}",
+                    Annotation::names()
+                )
+            })
+        })
+        .collect()
+}
