@@ -6,15 +6,18 @@ use std::{
     os::fd::AsRawFd,
     path::Path,
     process::{Command, Stdio},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use tokio::{sync::mpsc::unbounded_channel, time::timeout};
 
 use crate::{
-    engine::{DEFAULT_MEMORY_MIB, Programs, Sandbox, SandboxConfig, cleanup, default_vcpus},
+    config::{Config, ConfigError, Source},
+    engine::{LocateError, Programs, Sandbox, SandboxConfig, cleanup},
+    front::sizing::Host,
     guest::vm::kvm_advice,
-    host::{memory::guest_memory, pid::pidfd_open},
+    host::{memory::guest_memory, pid::pidfd_open, ringlog::RingLog},
 };
 
 /// Where KVM is.
@@ -49,12 +52,15 @@ const VERSION: Duration = Duration::from_secs(10);
 pub struct Options {
     /// Boot a guest to the agent's hello, within this time. `None`: look only at what can be seen without.
     pub boot: Option<Duration>,
+    /// The configuration to look at, and to boot with.
+    pub config: Source,
 }
 
 impl Default for Options {
     fn default() -> Self {
         Self {
             boot: Some(Duration::from_secs(30)),
+            config: Source::Default,
         }
     }
 }
@@ -101,19 +107,32 @@ pub async fn check(options: Options) -> Report {
         item(KVM, kvm(Path::new(KVM))),
         item("host kernel", host_kernel()),
     ];
-    match Programs::locate() {
+    let config = match options.config.load() {
+        Ok(config) => {
+            items.push(item("configuration", Ok(options.config.name())));
+            Arc::new(config)
+        }
+        Err(error) => {
+            items.push(item("configuration", wrong(&error)));
+            Arc::default()
+        }
+    };
+    match Programs::locate(&config) {
         Ok(programs) => {
             items.push(item("programs", versions(&programs).await));
             items.push(item("guest image", image(&programs)));
             let fine = items.iter().all(|item| item.found.is_ok());
             if let (true, Some(limit)) = (fine, options.boot) {
-                items.push(item("guest", boot(programs, limit, &mut boot_time).await));
+                items.push(item("guest", boot(programs, config, limit, &mut boot_time).await));
             }
         }
-        Err(error) => items.push(item(
-            "programs",
-            fault(error.to_string(), "run `make install` as root"),
-        )),
+        Err(error) => {
+            let remedy = match error {
+                LocateError::Named { .. } => "correct the configuration",
+                _ => "run `make install` as root",
+            };
+            items.push(item("programs", fault(error.to_string(), remedy)));
+        }
     }
     Report {
         items,
@@ -132,6 +151,18 @@ fn fault(problem: impl Into<String>, remedy: impl Into<String>) -> Found {
         problem: problem.into(),
         remedy: remedy.into(),
     })
+}
+
+/// What is wrong with the configuration, a line each.
+fn wrong(error: &ConfigError) -> Found {
+    let remedy = "correct the file; husk.toml in share/husk of the installation lists all options";
+    match error {
+        ConfigError::Faults(faults) => {
+            let lines: Vec<String> = faults.iter().map(ToString::to_string).collect();
+            fault(lines.join("\n"), remedy)
+        }
+        error => fault(crate::front::status::chain(error), remedy),
+    }
 }
 
 fn rights() -> Found {
@@ -290,7 +321,12 @@ fn image(programs: &Programs) -> Found {
 }
 
 /// Boots a guest until its agent answers; says in `time` how long that took.
-async fn boot(programs: Programs, limit: Duration, time: &mut Option<Duration>) -> Found {
+async fn boot(
+    programs: Programs,
+    operator: Arc<Config>,
+    limit: Duration,
+    time: &mut Option<Duration>,
+) -> Found {
     const REMEDY: &str = "within a virtual machine, use one whose hypervisor offers nested virtualization that works; \
                           else see the text above and dmesg";
     let id = format!("check-{}", std::process::id());
@@ -298,10 +334,12 @@ async fn boot(programs: Programs, limit: Duration, time: &mut Option<Duration>) 
         namespace: NAMESPACE.into(),
         id: id.clone(),
         programs,
-        vcpus: default_vcpus(),
-        memory_mib: DEFAULT_MEMORY_MIB,
+        vcpus: operator.machine.default_vcpus(Host::this().cpus),
+        memory_mib: operator.machine.memory_mib,
         hostname: "check".into(),
-        kernel_params: String::new(),
+        kernel_params: operator.kernel_params(None),
+        operator,
+        log: RingLog::default(),
     };
     let begin = Instant::now();
     let (events, _events) = unbounded_channel();
@@ -415,7 +453,11 @@ mod tests {
 
     #[tokio::test]
     async fn a_program_outside_of_an_installation_says_so() {
-        let report = check(Options { boot: None }).await;
+        let report = check(Options {
+            boot: None,
+            config: Source::Default,
+        })
+        .await;
         let programs = report.items.iter().find(|item| item.name == "programs").unwrap();
         assert!(problem(programs.found.clone()).contains("make install"));
         assert!(!report.ok());

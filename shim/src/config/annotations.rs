@@ -152,7 +152,10 @@ impl Wishes {
     /// `TooLate`.
     pub fn admit(&self, later: &Self) -> Result<(), AnnotationError> {
         let differs = [
-            ("io.husk.vcpus", later.vcpus.is_some() && later.vcpus != self.vcpus),
+            (
+                "io.husk.vcpus",
+                later.vcpus.is_some() && later.vcpus != self.vcpus,
+            ),
             (
                 "io.husk.memory_mib",
                 later.memory_mib.is_some() && later.memory_mib != self.memory_mib,

@@ -103,14 +103,25 @@ fn an_unknown_option_is_named_with_its_line() {
     let text = "[machine]\nvcpus = 2\nmemory = 12\n";
     let told = fault(text);
     assert!(
-        told.starts_with("husk.toml:3: machine.memory: there is no such option; [machine] has vcpus, memory_mib"),
+        told.starts_with(
+            "husk.toml:3: machine.memory: there is no such option; [machine] has vcpus, memory_mib"
+        ),
         "{told}"
     );
     let told = fault("\n\n[hypervisor.qemu]\npath = 1\n");
-    assert!(told.starts_with("husk.toml:3: hypervisor: there is no such table"), "{told}");
+    assert!(
+        told.starts_with("husk.toml:3: hypervisor: there is no such table"),
+        "{told}"
+    );
     let told = fault("SystemdCgroup = true");
-    assert!(told.starts_with("husk.toml:1: SystemdCgroup: there is no such table or option"), "{told}");
-    assert_eq!(fault("machine = 3"), "husk.toml:1: machine: must be a table: [machine]");
+    assert!(
+        told.starts_with("husk.toml:1: SystemdCgroup: there is no such table or option"),
+        "{told}"
+    );
+    assert_eq!(
+        fault("machine = 3"),
+        "husk.toml:1: machine: must be a table: [machine]"
+    );
 }
 
 #[test]
@@ -138,7 +149,11 @@ fn what_is_wrong_is_told_all_at_once() {
 
 #[test]
 fn what_is_no_toml_has_a_line_too() {
-    for (text, line) in [("[machine]\nvcpus = = 2", 2), ("[machine", 1), ("a = 1\na = 2", 2)] {
+    for (text, line) in [
+        ("[machine]\nvcpus = = 2", 2),
+        ("[machine", 1),
+        ("a = 1\na = 2", 2),
+    ] {
         let told = faults(text);
         assert!(told[0].starts_with(&format!("husk.toml:{line}: ")), "{told:?}");
         assert_eq!(told[0].lines().count(), 1);
@@ -176,7 +191,10 @@ fn files_are_told_apart() {
     let error = Source::File("husk.toml".into()).load().unwrap_err();
     assert!(matches!(error, ConfigError::Relative(_)), "{error}");
     let error = Source::Text("x = 1".into()).load().unwrap_err();
-    assert!(error.to_string().starts_with("the runtime's options:1: x: "), "{error}");
+    assert!(
+        error.to_string().starts_with("the runtime's options:1: x: "),
+        "{error}"
+    );
 }
 
 const MOST: Most = Most {
@@ -215,7 +233,10 @@ fn annotations_have_effect_where_they_are_allowed_by_name() {
     let error = wishes(r#""io.husk.memory_mib""#, &[("io.husk.vcpus", "3")]).unwrap_err();
     assert_eq!(error, AnnotationError::NotAllowed("io.husk.vcpus".into()));
     let told = error.to_string();
-    assert!(told.contains("io.husk.vcpus") && told.contains("`allowed`") && told.contains("husk.toml"), "{told}");
+    assert!(
+        told.contains("io.husk.vcpus") && told.contains("`allowed`") && told.contains("husk.toml"),
+        "{told}"
+    );
     let error = wishes(all, &[("io.husk.vmm", "/bin/sh")]).unwrap_err();
     assert_eq!(error, AnnotationError::Unknown("io.husk.vmm".into()));
     for (name, value) in [
@@ -253,5 +274,8 @@ fn sizes_are_bounded_by_the_operator_and_the_host() {
     assert_eq!(machine("machine.max_vcpus = 1").default_vcpus(16), 1);
     assert_eq!(machine("machine.vcpus = 8").default_vcpus(4), 4);
     assert_eq!(default.most_memory_mib(u64::MAX), *MEMORY_MIB.end());
-    assert_eq!(machine("machine.max_memory_mib = 512").most_memory_mib(1 << 20), 512);
+    assert_eq!(
+        machine("machine.max_memory_mib = 512").most_memory_mib(1 << 20),
+        512
+    );
 }

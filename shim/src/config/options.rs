@@ -60,9 +60,8 @@ pub const KEYS: [Key; 19] = [
     key!(timeouts.call_seconds, |c, v| c.timeouts.call = seconds(v)?),
     key!(timeouts.shutdown_seconds, |c, v| c.timeouts.shutdown =
         seconds(v)?),
-    key!(log.level, |c, v| c.log.level = one_of(v, &LEVELS, |name| {
-        LevelFilter::from_str(name).ok()
-    })?),
+    key!(log.level, |c, v| c.log.level =
+        one_of(v, &LEVELS, |name| { LevelFilter::from_str(name).ok() })?),
     key!(log.journald, |c, v| c.log.journald = boolean(v)?),
     key!(log.kept_kib, |c, v| c.log.kept = kib(v)?),
     key!(log.console_kept_kib, |c, v| c.log.console_kept = kib(v)?),

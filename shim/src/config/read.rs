@@ -86,7 +86,11 @@ impl Reader<'_> {
             }
             match content.get_ref() {
                 DeValue::Table(options) => self.table(name, options, config),
-                _ => self.fault(&table.span(), name.to_owned(), format!("must be a table: [{name}]")),
+                _ => self.fault(
+                    &table.span(),
+                    name.to_owned(),
+                    format!("must be a table: [{name}]"),
+                ),
             }
         }
     }
@@ -131,7 +135,11 @@ impl Reader<'_> {
             if machine.memory_mib > most {
                 let given = ["memory_mib", "max_memory_mib"]
                     .into_iter()
-                    .find(|name| self.lines.iter().any(|line| (line.0, line.1) == ("machine", *name)))
+                    .find(|name| {
+                        self.lines
+                            .iter()
+                            .any(|line| (line.0, line.1) == ("machine", *name))
+                    })
                     .unwrap_or("memory_mib");
                 let problem = format!(
                     "memory_mib, {}, is more than max_memory_mib, {most}",

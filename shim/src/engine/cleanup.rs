@@ -4,9 +4,10 @@ use std::{io, path::Path, time::Duration};
 
 use husk_agent_protocol::limits::is_valid_id;
 
-use super::{CleanupError, places::Places, record::Record};
+use super::{CleanupError, places::Places, record::Record, status};
 use crate::host::{
     mount::unmount_below,
+    ringlog,
     share::remove_mount_points,
     statedir::{self, StateDir},
 };
@@ -74,5 +75,8 @@ pub(super) fn remove_leftovers(dir: &Path) -> io::Result<()> {
     }
     result
         .and_then(|()| remove_mount_points(&dir.join("share")))
+        .and_then(|()| ringlog::remove(&dir.join(status::LOG)))
+        .and_then(|()| ringlog::remove(&dir.join(status::CONSOLE)))
+        .and_then(|()| status::remove(dir))
         .and_then(|()| Record::remove(dir))
 }

@@ -13,6 +13,16 @@ pub enum LocateError {
         "{0} is not in the bin directory of an installation; run `make install` and use the installed program"
     )]
     NotInstalled(PathBuf),
+    /// A file that the configuration names is missing.
+    #[error("{what} is missing: {path}; correct the option {option} in husk.toml", path = path.display())]
+    Named {
+        /// Which.
+        what: &'static str,
+        /// The option that names it.
+        option: &'static str,
+        /// Where it should be.
+        path: PathBuf,
+    },
     /// One of the files of the installation is missing.
     #[error("{what} is missing: {path}; run `make install`", path = path.display())]
     Missing {

@@ -11,6 +11,7 @@ mod record;
 mod sandbox;
 mod spec;
 mod start;
+mod status;
 mod streams;
 mod table;
 mod undo;
@@ -26,7 +27,7 @@ pub(crate) use player_test::{Character, Player};
 use std::{
     os::fd::OwnedFd,
     path::PathBuf,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::SystemTime,
 };
 
@@ -34,8 +35,12 @@ pub use cleanup::cleanup;
 pub use error::{CleanupError, EngineError, LocateError, StartError};
 pub use programs::Programs;
 pub use sandbox::Sandbox;
+pub use status::{ContainerStatus, Seen, Status, sandboxes};
 
-use crate::host::rootfs::Mount;
+use crate::{
+    config::Config,
+    host::{ringlog::RingLog, rootfs::Mount},
+};
 
 /// A sandbox to start.
 #[derive(Clone, Debug)]
@@ -46,22 +51,18 @@ pub struct SandboxConfig {
     pub id: String,
     /// What to run.
     pub programs: Programs,
-    /// Number of vCPUs; see [`default_vcpus`].
+    /// Number of vCPUs.
     pub vcpus: u8,
-    /// Guest memory in MiB; see [`DEFAULT_MEMORY_MIB`].
+    /// Guest memory in MiB.
     pub memory_mib: u32,
     /// The guest's hostname; empty: the id, cut to what a hostname may have.
     pub hostname: String,
     /// Added to the guest kernel's command line. From the operator only.
     pub kernel_params: String,
-}
-
-/// Guest memory in MiB where nobody says otherwise.
-pub const DEFAULT_MEMORY_MIB: u32 = 256;
-
-/// vCPUs where nobody says otherwise: two, or one on a host with one CPU.
-pub fn default_vcpus() -> u8 {
-    std::thread::available_parallelism().map_or(1, |n| u8::try_from(n.get().min(2)).unwrap_or(1))
+    /// The operator's configuration: deadlines, and what is kept of logs.
+    pub operator: Arc<Config>,
+    /// The log of the process that runs the engine, which is kept in the sandbox's directory while it is there.
+    pub log: RingLog,
 }
 
 /// A container to create.
@@ -169,7 +170,7 @@ pub(crate) async fn start_played(
     events: tokio::sync::mpsc::UnboundedSender<Event>,
     player: &Player,
     run: PathBuf,
-) -> Result<std::sync::Arc<Sandbox>, StartError> {
+) -> Result<Arc<Sandbox>, StartError> {
     // Opening the kernel, a FIFO here, must not wait.
     let _held = player.hold();
     let places = places::Places {

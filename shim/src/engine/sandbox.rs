@@ -24,9 +24,6 @@ use crate::guest::{
 /// How long the ends of execs are awaited after the end of the init process that they die with.
 pub(super) const EXEC_GRACE: Duration = Duration::from_secs(2);
 
-/// How long a guest may take to end in order.
-const ORDERLY: Duration = Duration::from_secs(2);
-
 /// How long the list of processes may take before it is answered from what is known without asking. An engine that
 /// was restarted asks for it, and gives up on the container after five seconds.
 const LIST: Duration = Duration::from_secs(2);
@@ -73,6 +70,8 @@ pub(super) struct Parts {
     pub ended: watch::Receiver<Option<Ended>>,
     /// Set when the end is wanted.
     pub stopping: Arc<OnceCell<()>>,
+    /// How long the guest may take to end in order.
+    pub orderly: Duration,
     pub places: Places,
 }
 
@@ -363,7 +362,7 @@ impl Sandbox {
                 }
                 ended.await;
             };
-            if timeout(ORDERLY, orderly).await.is_err() {
+            if timeout(parts.orderly, orderly).await.is_err() {
                 tracing::warn!("the guest did not end in order and is killed");
             }
         }

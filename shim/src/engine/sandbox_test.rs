@@ -52,6 +52,8 @@ impl Stage {
             memory_mib: 64,
             hostname: String::new(),
             kernel_params: "quiet".into(),
+            operator: Arc::default(),
+            log: Default::default(),
         }
     }
 

@@ -20,6 +20,7 @@ use super::{
     places::Places,
     record::{self, Record},
     sandbox::{EXEC_GRACE, Ended, Parts},
+    status::{self, Keeper, Status},
     table::{After, Table},
     undo::Undo,
 };
@@ -31,6 +32,7 @@ use crate::{
     host::{
         mount::unmount_below,
         pid::Identity,
+        ringlog::RingLog,
         share,
         statedir::{self, Claim, StateDir},
     },
@@ -77,6 +79,19 @@ pub(super) async fn start(
         })
         .map_err(failed("cannot write the sandbox's record"))?;
 
+    // What an operator sees of it: our log, and the guest's console.
+    let operator = &config.operator;
+    let (log, console) = (config.log.clone(), RingLog::default());
+    let logs = [log.clone(), console.clone()];
+    undo.push("remove the logs", move || {
+        logs.iter().fold(Ok(()), |result, log| result.and(log.close()))
+    });
+    places
+        .step("logs")
+        .and_then(|()| log.open(&path.join(status::LOG), operator.log.kept))
+        .and_then(|()| console.open(&path.join(status::CONSOLE), operator.log.console_kept))
+        .map_err(failed("cannot make the sandbox's logs"))?;
+
     // The share.
     let share = path.join("share");
     let shared = share.clone();
@@ -101,6 +116,7 @@ pub(super) async fn start(
             vcpus: config.vcpus,
             memory_mib: config.memory_mib,
             kernel_params: &config.kernel_params,
+            console,
         },
         #[cfg(test)]
         |ends| {
@@ -119,7 +135,7 @@ pub(super) async fn start(
         record.fsd = Some(machine.fsd().identity());
         places.step("pids").and_then(|()| record.save(&path))?;
         places.step("agent")?;
-        agent::connect(&machine, &hostname).await
+        agent::connect(&machine, &hostname, config.operator.timeouts).await
     }
     .await;
     let (agent, guest_events) = match connected {
@@ -142,6 +158,14 @@ pub(super) async fn start(
     };
 
     let table = Arc::new(Mutex::new(Table::new(events, machine.vmm().pid())));
+    let described = Status {
+        vcpus: config.vcpus,
+        memory_mib: config.memory_mib,
+        created: status::seconds(SystemTime::now()),
+        containers: Vec::new(),
+    };
+    let keeper = Keeper::begin(&path, described, Arc::clone(&table));
+    undo.push("remove the status", move || keeper.close());
     let (ended_sender, ended) = watch::channel(None);
     let stopping = Arc::new(OnceCell::new());
     let watcher = Watcher {
@@ -161,6 +185,7 @@ pub(super) async fn start(
         undo: Mutex::new(undo),
         ended,
         stopping,
+        orderly: config.operator.timeouts.shutdown,
         places,
     })))
 }

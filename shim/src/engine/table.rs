@@ -2,13 +2,14 @@
 //!
 //! Nothing here waits, and nothing asks the guest. Events leave in the order in which things became so.
 
-use std::{collections::BTreeMap, time::SystemTime};
+use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
 
-use tokio::sync::{mpsc::UnboundedSender, watch};
+use tokio::sync::{Notify, mpsc::UnboundedSender, watch};
 
 use super::{
     EngineError, Event, Exit, ProcessInfo, ProcessStatus, Stdio,
     process::{Process, State},
+    status::{ContainerStatus, seconds},
     streams::Streams,
     undo::Undo,
 };
@@ -25,12 +26,15 @@ pub struct Table {
     pid: u32,
     /// Why the machine is gone, once it is.
     ended: Option<String>,
+    /// Told when what [`Table::describe`] says may have changed.
+    changed: Arc<Notify>,
 }
 
 #[derive(Debug)]
 struct Container {
     phase: Phase,
     init: Process,
+    created: SystemTime,
     execs: BTreeMap<String, Exec>,
     /// The init process's end, held back until those of its execs are told.
     held: Option<Exit>,
@@ -80,7 +84,39 @@ impl Table {
             events,
             pid,
             ended: None,
+            changed: Arc::new(Notify::new()),
         }
+    }
+
+    /// Told when what [`Table::describe`] says may have changed.
+    pub fn changed(&self) -> Arc<Notify> {
+        Arc::clone(&self.changed)
+    }
+
+    /// The containers that can be seen, for people.
+    pub fn describe(&self) -> Vec<ContainerStatus> {
+        self.containers
+            .iter()
+            .filter(|(_, container)| container.phase != Phase::Creating)
+            .map(|(id, container)| ContainerStatus {
+                id: id.clone(),
+                pid: self.pid,
+                status: match self.status(id, None) {
+                    Ok(ProcessStatus::Created) => "created",
+                    Ok(ProcessStatus::Running) => "running",
+                    Ok(ProcessStatus::Pausing) => "pausing",
+                    Ok(ProcessStatus::Paused) => "paused",
+                    Ok(ProcessStatus::Stopped { .. }) | Err(_) => "stopped",
+                }
+                .to_owned(),
+                created: seconds(container.created),
+                execs: container
+                    .execs
+                    .values()
+                    .filter(|exec| exec.process.state() == State::Running)
+                    .count(),
+            })
+            .collect()
     }
 
     /// The containers that can be seen.
@@ -113,6 +149,7 @@ impl Table {
         let container = Container {
             phase: Phase::Creating,
             init: Process::new(terminal, None),
+            created: SystemTime::now(),
             execs: BTreeMap::new(),
             held: None,
             freeze: Freeze::Thawed,
@@ -149,6 +186,7 @@ impl Table {
         container.init.guest_pid = pid;
         container.undo = std::mem::take(undo);
         container.phase = Phase::Ready;
+        self.changed.notify_one();
         if let Some(exit) = ended {
             self.send_exit(id, None, exit);
         }
@@ -254,6 +292,7 @@ impl Table {
 
     /// Marks whether a container stands still after a pause or a resume. True when it does and has not ended.
     pub fn finish_freeze(&mut self, id: &str, frozen: bool) -> bool {
+        self.changed.notify_one();
         let Ok(container) = self.container_mut(id) else {
             return false;
         };
@@ -363,6 +402,7 @@ impl Table {
     /// Marks that a process runs; or that it could not be started, and has so ended. For an init process that is an
     /// exit like any other; an exec that did not start has none.
     pub fn finish_start(&mut self, id: &str, exec: Option<&str>, result: Result<Option<i32>, &EngineError>) {
+        self.changed.notify_one();
         let Ok(process) = self.process_mut(id, exec) else {
             return;
         };
@@ -529,6 +569,7 @@ impl Table {
     }
 
     fn send_exit(&self, id: &str, exec: Option<&str>, exit: Exit) {
+        self.changed.notify_one();
         let Exit { status, at } = exit;
         let exec = exec.map(str::to_owned);
         self.send(Event::Exited {
@@ -571,6 +612,7 @@ impl Table {
 
     /// Removes a container; gives what takes it back on the host.
     pub fn finish_delete(&mut self, id: &str) -> Undo {
+        self.changed.notify_one();
         self.containers
             .remove(id)
             .map(|container| container.undo)

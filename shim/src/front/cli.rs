@@ -1,11 +1,25 @@
 //! The `husk` command's grammar.
 
-use std::{ffi::OsString, fs::File, io, os::fd::AsFd, path::PathBuf, process::ExitCode, sync::LazyLock};
+use std::{
+    ffi::OsString,
+    fs::File,
+    io,
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::LazyLock,
+};
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use tracing_subscriber::filter::LevelFilter;
 
-use super::{log, report, run, spec, status::chain};
+use super::{
+    log,
+    peek::{What, peek},
+    ps, report, run, spec,
+    status::chain,
+};
+use crate::config::Source;
 
 /// The commit that this was built from, where the build said so (in the variable HUSK_REVISION).
 pub const REVISION: Option<&str> = option_env!("HUSK_REVISION");
@@ -20,6 +34,9 @@ pub struct Cli {
     /// Log what happens to stderr
     #[arg(long, global = true)]
     pub debug: bool,
+    /// Read the configuration from FILE instead of /etc/husk/husk.toml
+    #[arg(long, global = true, value_name = "FILE")]
+    pub config: Option<PathBuf>,
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
@@ -41,6 +58,23 @@ pub enum Command {
     ///
     /// Exits with 0 if it can, and with 1 if not.
     Check(CheckArgs),
+    /// List the containers of all engines on this machine
+    ///
+    /// A container is "dead" whose engine has died before it was removed; "empty" is a sandbox without containers.
+    #[command(verbatim_doc_comment)]
+    Ps(PsArgs),
+    /// Show what the kernel of a container's sandbox has said
+    ///
+    /// Its last part is kept as long as the sandbox is there; the agent's words are among it. What is kept, and how
+    /// urgent it must be, is said by log.console_kept_kib and guest.log_level in husk.toml.
+    #[command(verbatim_doc_comment)]
+    Console(PeekArgs),
+    /// Show what husk has logged about a container's sandbox
+    ///
+    /// Its last part is kept as long as the sandbox is there (log.kept_kib and log.level in husk.toml). All of it goes to
+    /// the engine's log and, with systemd, to the journal.
+    #[command(verbatim_doc_comment)]
+    Logs(PeekArgs),
     /// Write a config.json to begin with
     Spec(SpecArgs),
 }
@@ -71,6 +105,49 @@ pub struct CheckArgs {
     /// Time for a guest to boot; 0: boot none
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub timeout: u64,
+}
+
+/// `husk ps`.
+#[derive(Debug, Args)]
+pub struct PsArgs {
+    /// Print ids only
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// How to print
+    #[arg(short, long, value_enum, default_value_t = Format::Table)]
+    pub format: Format,
+    /// The same as --format json
+    #[arg(long, conflicts_with = "quiet")]
+    pub json: bool,
+    /// Only those of this namespace, e.g. default, k8s.io or moby
+    #[arg(short, long, value_name = "NAMESPACE")]
+    pub namespace: Option<String>,
+}
+
+/// How a list is printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// For people
+    Table,
+    /// A JSON array
+    Json,
+}
+
+/// `husk console` and `husk logs`.
+#[derive(Debug, Args)]
+pub struct PeekArgs {
+    /// The container, or its sandbox
+    #[arg(value_name = "ID")]
+    pub id: String,
+    /// Its namespace, where several have one of this name
+    #[arg(short, long, value_name = "NAMESPACE")]
+    pub namespace: Option<String>,
+    /// Go on until the sandbox is removed
+    #[arg(short, long)]
+    pub follow: bool,
+    /// Begin with the last LINES
+    #[arg(long, value_name = "LINES")]
+    pub tail: Option<usize>,
 }
 
 /// `husk spec`.
@@ -123,16 +200,19 @@ pub fn main(args: Vec<OsString>) -> ExitCode {
         LevelFilter::ERROR
     };
     if let Ok(stderr) = io::stderr().as_fd().try_clone_to_owned() {
-        log::to_file(File::from(stderr), level);
+        log::of_command(File::from(stderr), level);
     }
-    let code = match &cli.command {
-        Command::Run(args) => with_runtime(run::run(args)),
-        Command::Check(args) => with_runtime(report::check(args)),
+    let code = source(cli.config.as_deref()).and_then(|config| match &cli.command {
+        Command::Run(args) => with_runtime(run::run(args, config)),
+        Command::Check(args) => with_runtime(report::check(args, config)),
+        Command::Ps(args) => ps::ps(args),
+        Command::Console(args) => peek(args, What::Console),
+        Command::Logs(args) => peek(args, What::Log),
         Command::Spec(args) => spec::write(args).map(|()| 0).map_err(|error| run::Failure {
             code: FAILURE,
             message: chain(&error),
         }),
-    };
+    });
     match code {
         Ok(code) => ExitCode::from(code),
         Err(failure) => {
@@ -143,6 +223,18 @@ pub fn main(args: Vec<OsString>) -> ExitCode {
             ExitCode::from(failure.code)
         }
     }
+}
+
+fn source(config: Option<&Path>) -> Result<Source, run::Failure> {
+    let Some(path) = config else {
+        return Ok(Source::Default);
+    };
+    std::path::absolute(path)
+        .map(Source::File)
+        .map_err(|error| run::Failure {
+            code: FAILURE,
+            message: format!("--config {}: {error}", path.display()),
+        })
 }
 
 fn with_runtime(work: impl Future<Output = Result<u8, run::Failure>>) -> Result<u8, run::Failure> {
@@ -196,6 +288,17 @@ mod tests {
             panic!()
         };
         assert!(args.quiet && args.timeout == 5);
+        let cli = Cli::try_parse_from(["husk", "check", "--config", "/c"]).unwrap();
+        assert_eq!(cli.config.as_deref(), Some(Path::new("/c")));
+        let Command::Ps(args) = parse(&["ps", "-q", "-n", "moby", "-f", "json"]) else {
+            panic!()
+        };
+        assert!(args.quiet && args.format == Format::Json);
+        let Command::Console(args) = parse(&["console", "-f", "--tail", "3", "-n", "k8s.io", "web"]) else {
+            panic!()
+        };
+        assert!(args.follow && args.tail == Some(3) && args.namespace.as_deref() == Some("k8s.io"));
+        assert!(matches!(parse(&["logs", "web"]), Command::Logs(args) if args.id == "web"));
     }
 
     #[test]

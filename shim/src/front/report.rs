@@ -11,15 +11,19 @@ use super::{
     cli::{CheckArgs, FAILURE},
     run::Failure,
 };
-use crate::check::{Options, Report};
+use crate::{
+    check::{Options, Report},
+    config::Source,
+};
 
 /// Looks, and prints. Returns the exit code.
 ///
 /// # Errors
 /// When nothing can be printed.
-pub async fn check(args: &CheckArgs) -> Result<u8, Failure> {
+pub async fn check(args: &CheckArgs, config: Source) -> Result<u8, Failure> {
     let options = Options {
         boot: (args.timeout > 0).then(|| Duration::from_secs(args.timeout)),
+        config,
     };
     let report = crate::check::check(options).await;
     let text = if args.quiet {
@@ -44,6 +48,7 @@ fn plain(report: &Report) -> String {
             Ok(found) => ("ok  ", found),
             Err(fault) => ("FAIL", &fault.problem),
         };
+        let found = found.replace('\n', &format!("\n      {:width$}  ", ""));
         text.push_str(&format!("{mark}  {:width$}  {found}\n", item.name));
         if let Err(fault) = &item.found {
             text.push_str(&format!("      {:width$}  -> {}\n", "", fault.remedy));

@@ -18,14 +18,16 @@ use tokio::{
 use super::{
     bundle::{Bundle, BundleError},
     cli::{FAILURE, RunArgs},
-    sizing::{Host, Size},
+    log,
+    options::Options,
+    settings::{Settings, SettingsError},
     start::write_atomically,
     status::chain,
     terminal::{self, RawMode},
 };
+use crate::config::Source;
 use crate::engine::{
-    CreateContainer, EngineError, Event, Exit, LocateError, Programs, Sandbox, SandboxConfig, StartError,
-    Stdio,
+    CreateContainer, EngineError, Event, Exit, LocateError, Programs, Sandbox, StartError, Stdio,
 };
 
 /// The namespace of the command's sandboxes.
@@ -89,6 +91,12 @@ impl From<LocateError> for Failure {
     }
 }
 
+impl From<SettingsError> for Failure {
+    fn from(error: SettingsError) -> Self {
+        Self::own(chain(&error))
+    }
+}
+
 impl From<EngineError> for Failure {
     fn from(error: EngineError) -> Self {
         Self {
@@ -102,7 +110,7 @@ impl From<EngineError> for Failure {
 ///
 /// # Errors
 /// When the container could not be run; nothing of it is left.
-pub async fn run(args: &RunArgs) -> Result<u8, Failure> {
+pub async fn run(args: &RunArgs, config: Source) -> Result<u8, Failure> {
     if !is_valid_id(&args.id) {
         return Err(Failure::own(format!(
             "container id {:?} is not valid: it must be 1 to 128 of [A-Za-z0-9_.+-], the first a letter, a digit or _",
@@ -113,21 +121,18 @@ pub async fn run(args: &RunArgs) -> Result<u8, Failure> {
         .map_err(|error| Failure::own(format!("bundle {}: {error}", args.bundle.display())))?;
     let bundle = Bundle::read(&directory)?;
     let terminal = bundle.process(&directory)?.terminal;
-    let programs = Programs::locate()?;
+    let options = Options {
+        config,
+        ..Options::default()
+    };
+    let settings = Settings::read(&options, &bundle.outline)?;
+    log::apply(&settings.config.log);
+    let programs = Programs::locate(&settings.config)?;
     // From here on a signal is the container's, or ends it in order.
     let mut signals =
         Signals::catch().map_err(|error| Failure::own(format!("cannot catch signals: {error}")))?;
 
-    let size = Size::for_container(&bundle.outline, Host::this());
-    let config = SandboxConfig {
-        namespace: NAMESPACE.to_owned(),
-        id: args.id.clone(),
-        programs,
-        vcpus: size.vcpus,
-        memory_mib: size.memory_mib,
-        hostname: bundle.outline.hostname.clone().unwrap_or_default(),
-        kernel_params: String::new(),
-    };
+    let config = settings.sandbox(NAMESPACE, &args.id, &bundle.outline, programs);
     let (events, mut reports) = mpsc::unbounded_channel();
     let sandbox = Sandbox::start(config, events)
         .await
@@ -347,7 +352,9 @@ mod tests {
     async fn what_a_user_got_wrong_is_one_sentence_and_125() {
         let dir = tempfile::tempdir().unwrap();
         let refused = async |id: &str| {
-            let failure = run(&arguments(dir.path(), id)).await.unwrap_err();
+            let failure = run(&arguments(dir.path(), id), Source::Default)
+                .await
+                .unwrap_err();
             assert_eq!(failure.code, 125);
             assert_eq!(failure.message.lines().count(), 1);
             failure.message

@@ -86,7 +86,7 @@ fn act(args: &[OsString]) -> Result<(), ServeError> {
         // No log goes to stderr here: containerd takes it for part of the answer.
         Action::Start => start::start(&invocation, &read_stdin()?)?,
         Action::Delete => {
-            log::to_file(stderr()?, level(invocation.debug));
+            log::of_shim(stderr()?, level(invocation.debug), identity(&invocation));
             runtime(1)?.block_on(delete(&invocation))
         }
         Action::Serve => return serve(&invocation),
@@ -96,6 +96,14 @@ fn act(args: &[OsString]) -> Result<(), ServeError> {
         .write_all(&answer)
         .and_then(|()| stdout.flush())
         .map_err(host("cannot print the answer"))
+}
+
+fn identity(invocation: &Invocation) -> log::Identity {
+    log::Identity {
+        program: "containerd-shim-husk-v2",
+        namespace: invocation.namespace.clone(),
+        sandbox: invocation.id.clone(),
+    }
 }
 
 fn level(debug: bool) -> LevelFilter {
@@ -138,7 +146,7 @@ fn runtime(workers: usize) -> Result<Runtime, ServeError> {
 
 /// The server: its listening socket is its stdin, its log its stderr.
 fn serve(invocation: &Invocation) -> Result<(), ServeError> {
-    log::to_file(stderr()?, level(invocation.debug));
+    log::of_shim(stderr()?, level(invocation.debug), identity(invocation));
     // Away from the daemon's session and process group. It fails only for one that leads a group already.
     let _ = nix::unistd::setsid();
     let listener = take_listener().map_err(host(

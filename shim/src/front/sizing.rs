@@ -1,15 +1,8 @@
 //! How large a sandbox's machine is.
 
-use husk_vmm_protocol::config::{MAX_VCPUS, MEMORY_MIB};
+use husk_vmm_protocol::config::MAX_VCPUS;
 
-use crate::{
-    engine::{DEFAULT_MEMORY_MIB, default_vcpus},
-    front::bundle::Outline,
-};
-
-/// Memory of the guest besides its containers', in MiB: its kernel and its agent. A container with a limit gets this
-/// on top of it, so that it meets its own limit and not the machine's.
-const GUEST_OVERHEAD_MIB: u64 = 96;
+use crate::{config::Machine, front::bundle::Outline};
 
 /// A machine's size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,8 +35,8 @@ impl Host {
 
 impl Size {
     /// A machine for a sandbox whose first container is `outline`: what its limits allow, and never more than the
-    /// host has; the defaults where it has none.
-    pub fn for_container(outline: &Outline, host: Host) -> Self {
+    /// host has or the operator allows; the operator's defaults where it has none.
+    pub fn for_container(outline: &Outline, host: Host, machine: &Machine) -> Self {
         let resources = outline.linux.as_ref().and_then(|linux| linux.resources.as_ref());
         let cpu = resources.and_then(|resources| resources.cpu.as_ref());
         let quota = cpu
@@ -51,9 +44,9 @@ impl Size {
             .and_then(|quota| u64::try_from(quota).ok());
         let period = cpu.and_then(|cpu| cpu.period).unwrap_or(100_000);
         let vcpus = match (quota, period) {
-            (None | Some(0), _) | (_, 0) => default_vcpus(),
+            (None | Some(0), _) | (_, 0) => machine.default_vcpus(host.cpus),
             (Some(quota), period) => {
-                let most = u64::try_from(host.cpus).unwrap_or(1).clamp(1, MAX_VCPUS.into());
+                let most = u64::from(machine.most_vcpus(host.cpus));
                 u8::try_from(quota.div_ceil(period).clamp(1, most)).unwrap_or(MAX_VCPUS)
             }
         };
@@ -62,15 +55,16 @@ impl Size {
             .and_then(|memory| memory.limit)
             .and_then(|limit| u64::try_from(limit).ok())
             .filter(|limit| *limit > 0);
+        let most = machine.most_memory_mib(host.memory_mib);
         let memory_mib = match limit {
-            None => DEFAULT_MEMORY_MIB,
+            None => machine.memory_mib,
+            // On top of its limit, so that a container meets its own and not the machine's.
             Some(limit) => {
-                let wanted = (limit >> 20)
-                    .saturating_add(GUEST_OVERHEAD_MIB)
-                    .min(host.memory_mib);
+                let wanted = (limit >> 20).saturating_add(machine.memory_overhead_mib.into());
                 u32::try_from(wanted)
                     .unwrap_or(u32::MAX)
-                    .clamp(DEFAULT_MEMORY_MIB, *MEMORY_MIB.end())
+                    .max(machine.memory_mib)
+                    .min(most)
             }
         };
         Self { vcpus, memory_mib }
@@ -88,16 +82,23 @@ mod tests {
 
     fn size(resources: serde_json::Value) -> Size {
         let outline = serde_json::json!({ "linux": { "resources": resources } });
-        Size::for_container(&serde_json::from_value(outline).unwrap(), HOST)
+        Size::for_container(
+            &serde_json::from_value(outline).unwrap(),
+            HOST,
+            &Machine::default(),
+        )
     }
 
     #[test]
     fn without_limits_the_defaults_hold() {
         let default = Size {
-            vcpus: default_vcpus(),
-            memory_mib: DEFAULT_MEMORY_MIB,
+            vcpus: 2,
+            memory_mib: 256,
         };
-        assert_eq!(Size::for_container(&Outline::default(), HOST), default);
+        assert_eq!(
+            Size::for_container(&Outline::default(), HOST, &Machine::default()),
+            default
+        );
         assert_eq!(size(serde_json::json!({})), default);
         let unlimited = serde_json::json!({ "cpu": { "quota": -1, "period": 0 }, "memory": { "limit": -1 } });
         assert_eq!(size(unlimited), default);
@@ -113,7 +114,7 @@ mod tests {
         );
         let mib = |limit: i64| size(serde_json::json!({ "memory": { "limit": limit } })).memory_mib;
         assert_eq!(mib(1 << 30), 1024 + 96);
-        assert_eq!(mib(1), DEFAULT_MEMORY_MIB);
+        assert_eq!(mib(1), 256);
         assert_eq!(mib(i64::MAX), 16 << 10);
     }
 }

@@ -2,7 +2,8 @@
 
 use ttrpc::{Code, error::get_rpc_status};
 
-use super::{bundle::BundleError, io::IoError};
+use super::{bundle::BundleError, io::IoError, settings::SettingsError};
+use crate::config::ConfigError;
 use crate::engine::{EngineError, StartError};
 
 /// An error with its causes, in one line: `what: why: why`.
@@ -56,6 +57,22 @@ pub fn start(error: &StartError) -> ttrpc::Error {
         StartError::AlreadyExists(_) => Code::ALREADY_EXISTS,
         StartError::Locate(_) => Code::FAILED_PRECONDITION,
         StartError::Host { .. } | StartError::Guest { .. } => Code::INTERNAL,
+    };
+    let mut text = chain(error);
+    if let StartError::Guest { console_tail, .. } = error {
+        if !console_tail.is_empty() {
+            text.push_str("; the guest's console ends with:\n");
+            text.push_str(console_tail.trim_end());
+        }
+    }
+    answer(code, text)
+}
+
+/// An error of a sandbox's settings.
+pub fn settings(error: &SettingsError) -> ttrpc::Error {
+    let code = match error {
+        SettingsError::Config(ConfigError::Unreadable { .. }) => Code::FAILED_PRECONDITION,
+        _ => Code::INVALID_ARGUMENT,
     };
     answer(code, chain(error))
 }

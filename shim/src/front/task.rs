@@ -19,18 +19,12 @@ use ttrpc::{Code, asynchronous::TtrpcContext};
 
 use super::{
     io::Names,
+    options::Options,
     pod::{Pod, TaskConfig},
     publish::timestamp,
     status::{answer, unimplemented},
 };
 use crate::{engine::ProcessStatus, host::rootfs::Mount};
-
-/// Types of options that containerd and Docker send by themselves. What they say concerns runc.
-const KNOWN_OPTIONS: [&str; 3] = [
-    "containerd.runc.v1.Options",
-    "runtimeoptions.v1.Options",
-    "containerd.linux.runc.CreateOptions",
-];
 
 /// The service. A call goes on when its connection breaks: containerd, started anew, finds a task that is either
 /// there or not, and nothing in between.
@@ -63,20 +57,6 @@ fn exec_id(id: &str) -> Option<&str> {
     (!id.is_empty()).then_some(id)
 }
 
-fn known_options(options: Option<&Any>) -> ttrpc::Result<()> {
-    let name = options.map_or("", |options| {
-        options.type_url.rsplit('/').next().unwrap_or_default()
-    });
-    if name.is_empty() || KNOWN_OPTIONS.contains(&name) {
-        Ok(())
-    } else {
-        Err(answer(
-            Code::INVALID_ARGUMENT,
-            format!("options of type {name:?} are not known to husk"),
-        ))
-    }
-}
-
 #[async_trait]
 impl Task for TaskService {
     async fn create(
@@ -87,10 +67,12 @@ impl Task for TaskService {
         if !request.checkpoint.is_empty() || !request.parent_checkpoint.is_empty() {
             return Err(unimplemented("starting from a checkpoint"));
         }
-        known_options(request.options.as_ref())?;
+        let options = Options::read(request.options.as_ref())
+            .map_err(|error| answer(Code::INVALID_ARGUMENT, error.to_string()))?;
         let config = TaskConfig {
             id: request.id,
             bundle: request.bundle,
+            options,
             names: Names {
                 terminal: request.terminal,
                 stdin: request.stdin,

@@ -98,17 +98,6 @@ fn exec(id: &str, exec_id: &str, spec: &str) -> ExecProcessRequest {
     }
 }
 
-#[test]
-fn options_are_taken_by_their_type() {
-    let options = |type_url: &str| any(type_url, "");
-    known_options(None).unwrap();
-    known_options(Some(&options(""))).unwrap();
-    known_options(Some(&options("containerd.runc.v1.Options"))).unwrap();
-    known_options(Some(&options("type.googleapis.com/runtimeoptions.v1.Options"))).unwrap();
-    let error = known_options(Some(&options("x.y.Z"))).unwrap_err();
-    assert!(format!("{error:?}").contains("x.y.Z"));
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn states_are_told_as_containerd_calls_them() {
     let theatre = Theatre::open().await;

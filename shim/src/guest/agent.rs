@@ -26,16 +26,10 @@ use ttrpc::{
 
 use super::{console::printable, paced::Paced, vm::Machine};
 use crate::{
+    config::Timeouts,
     engine::{EngineError, ProcessInfo},
     host::stdio::stream_pair,
 };
-
-/// How long a guest may take from its launch to its agent's first answer. An emulated host is some twenty times
-/// slower than a real one, where it takes a fraction of a second.
-pub const HELLO: Duration = Duration::from_secs(120);
-
-/// How long a call may take once the agent has answered for the first time.
-pub const CALL: Duration = Duration::from_secs(30);
 
 /// Highest exit status there is: 8 bits of exit code, or 128 and a signal's number.
 const MAX_STATUS: u32 = 255;
@@ -87,6 +81,8 @@ pub struct Agent {
     client: AgentClient,
     hello: watch::Receiver<Hello>,
     hello_by: Instant,
+    /// How long a call may take once the agent has answered for the first time.
+    patience: Duration,
     /// The connection broke.
     lost: AtomicBool,
 }
@@ -106,7 +102,7 @@ pub struct Events(ClientStreamReceiver<wire::Event>);
 ///
 /// # Errors
 /// When the machine takes no offer: `BrokenPipe` when it is gone.
-pub async fn connect(machine: &Machine, hostname: &str) -> io::Result<(Agent, Events)> {
+pub async fn connect(machine: &Machine, hostname: &str, timeouts: Timeouts) -> io::Result<(Agent, Events)> {
     let (own, guest) = stream_pair()?;
     machine.offer(StreamOffer::Listen(AGENT_PORT), guest).await?;
     let client = AgentClient::new(Client::new(Socket::new(Paced::new(own))));
@@ -121,7 +117,7 @@ pub async fn connect(machine: &Machine, hostname: &str) -> io::Result<(Agent, Ev
         ..Default::default()
     };
     let (sender, hello) = watch::channel(None);
-    let hello_by = Instant::now() + HELLO;
+    let hello_by = Instant::now() + timeouts.boot;
     let setup = {
         let client = client.clone();
         async move {
@@ -135,7 +131,10 @@ pub async fn connect(machine: &Machine, hostname: &str) -> io::Result<(Agent, Ev
                     "the guest's agent failed at Setup: {}",
                     error_text(&error)
                 )),
-                Err(_) => Err(format!("the guest's agent was silent for {} s", HELLO.as_secs())),
+                Err(_) => Err(format!(
+                    "the guest's agent was silent for {} s",
+                    timeouts.boot.as_secs()
+                )),
             }));
         }
     };
@@ -153,6 +152,7 @@ pub async fn connect(machine: &Machine, hostname: &str) -> io::Result<(Agent, Ev
             client,
             hello,
             hello_by,
+            patience: timeouts.call,
             lost: AtomicBool::new(false),
         },
         Events(events),
@@ -160,7 +160,8 @@ pub async fn connect(machine: &Machine, hostname: &str) -> io::Result<(Agent, Ev
 }
 
 impl Agent {
-    /// The agent's first answer, when it comes. For a guest that never answers there is a deadline, [`HELLO`].
+    /// The agent's first answer, when it comes. For a guest that never answers there is a deadline, the
+    /// configured one.
     pub fn hello(&self) -> watch::Receiver<Hello> {
         self.hello.clone()
     }
@@ -444,7 +445,7 @@ impl Agent {
         } else {
             self.hello_by.max(now)
         };
-        match timeout_at(from + CALL, answer).await {
+        match timeout_at(from + self.patience, answer).await {
             Ok(Ok(answer)) => Ok(answer),
             Ok(Err(error)) => {
                 if !matches!(error, ttrpc::Error::RpcStatus(_)) {

@@ -7,6 +7,8 @@ use std::{
 
 use tokio::{io::AsyncReadExt, net::unix::pipe::Receiver};
 
+use crate::host::ringlog::RingLog;
+
 /// Bytes kept.
 pub const KEPT: usize = 64 << 10;
 
@@ -18,16 +20,22 @@ pub const TAIL: usize = 4 << 10;
 pub struct Console(Mutex<VecDeque<u8>>);
 
 impl Console {
-    /// Reads a console from a pipe until its end, in a task of its own. The task's end is awaited by the handle.
-    pub fn read(mut pipe: Receiver) -> (Arc<Self>, tokio::task::JoinHandle<()>) {
+    /// Reads a console from a pipe until its end, in a task of its own, and adds it to `log`. The task's end is awaited
+    /// by the handle.
+    pub fn read(mut pipe: Receiver, log: RingLog) -> (Arc<Self>, tokio::task::JoinHandle<()>) {
         let console = Arc::new(Self::default());
         let writer = Arc::clone(&console);
         let task = tokio::spawn(async move {
-            let mut buffer = [0; 4096];
+            // As much as a pipe holds: what nobody reads in time is lost to it, a panic's last words too.
+            let mut buffer = vec![0; 64 << 10];
             loop {
                 match pipe.read(&mut buffer).await {
                     Ok(0) | Err(_) => return,
-                    Ok(length) => writer.append(buffer.get(..length).unwrap_or_default()),
+                    Ok(length) => {
+                        let bytes = buffer.get(..length).unwrap_or_default();
+                        writer.append(bytes);
+                        log.append(bytes);
+                    }
                 }
             }
         });

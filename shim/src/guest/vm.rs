@@ -31,6 +31,7 @@ use crate::{
     host::{
         child::{self, Child, Program},
         memory::guest_memory,
+        ringlog::RingLog,
         seqpacket::Seqpacket,
         share,
     },
@@ -60,6 +61,8 @@ pub struct Launch<'a> {
     pub memory_mib: u32,
     /// Added to the kernel's command line.
     pub kernel_params: &'a str,
+    /// Where what the guest writes on its console is kept.
+    pub console: RingLog,
 }
 
 /// Why a machine was not launched. Nothing of it is left.
@@ -255,7 +258,7 @@ pub async fn launch(
             }));
         }
     };
-    let (console, console_task) = Console::read(console);
+    let (console, console_task) = Console::read(console, launch.console);
     let (vmm_log, vmm_log_task) = log::carry("husk-vmm", vmm_log);
     let (fsd_log, fsd_log_task) = log::carry("husk-fsd", fsd_log);
     Ok(Machine {

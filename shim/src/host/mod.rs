@@ -5,6 +5,7 @@ pub mod idmap;
 pub mod memory;
 pub mod mount;
 pub mod pid;
+pub mod ringlog;
 pub mod rootfs;
 pub mod seqpacket;
 pub mod share;

@@ -30,6 +30,17 @@ impl Identity {
         Ok(Self { pid, started })
     }
 
+    /// Whether the process lives. One that has ended and was not waited for does not.
+    pub fn lives(self) -> bool {
+        let Ok(stat) = fs::read_to_string(format!("/proc/{}/stat", self.pid)) else {
+            return false;
+        };
+        let state = stat
+            .rsplit_once(')')
+            .and_then(|(_, after_name)| after_name.split_ascii_whitespace().next());
+        start_time(&stat) == Some(self.started) && !matches!(state, None | Some("Z" | "X"))
+    }
+
     /// A descriptor of the process, or `None` if it has ended.
     ///
     /// # Errors
@@ -121,7 +132,9 @@ mod tests {
         };
         assert!(other.kill(Duration::from_secs(1)).unwrap());
         assert!(child.try_wait().unwrap().is_none());
+        assert!(seen.lives() && !other.lives());
         assert!(seen.kill(Duration::from_secs(5)).unwrap());
+        assert!(!seen.lives(), "a zombie does not live");
         child.wait().unwrap();
         assert!(seen.open().unwrap().is_none());
     }

@@ -14,12 +14,14 @@ use ttrpc::Code;
 
 use super::{Exec, Pod, Slot, Task};
 use crate::{
-    engine::{CreateContainer, Programs, Sandbox, SandboxConfig, StartError, Stdio},
+    engine::{CreateContainer, Programs, Sandbox, StartError, Stdio},
     front::{
         bundle::Bundle,
         io::{self, Held, Names},
+        log,
         logger::Whose,
-        sizing::{Host, Size},
+        options::Options,
+        settings::Settings,
         start::write_atomically,
         status::{self, answer},
     },
@@ -33,6 +35,8 @@ pub struct TaskConfig {
     pub id: String,
     /// Its bundle.
     pub bundle: String,
+    /// The runtime's options.
+    pub options: Options,
     /// Its streams.
     pub names: Names,
     /// What to mount on its root.
@@ -93,7 +97,7 @@ impl Pod {
             return Err(answer(Code::INVALID_ARGUMENT, text));
         }
         let (stdio, held) = self.open(&config.names, &config.id).await?;
-        let sandbox = self.sandbox(&bundle).await?;
+        let sandbox = self.sandbox(&bundle, &config.options).await?;
         let request = CreateContainer {
             id: config.id.clone(),
             bundle: directory.clone(),
@@ -153,12 +157,20 @@ impl Pod {
     }
 
     /// The sandbox, started if need be for the container in `bundle`.
-    async fn sandbox(&self, bundle: &Bundle) -> ttrpc::Result<Arc<Sandbox>> {
+    async fn sandbox(&self, bundle: &Bundle, options: &Options) -> ttrpc::Result<Arc<Sandbox>> {
         loop {
             let (over, mut under_way) = {
                 let mut state = self.lock();
                 match &state.sandbox {
-                    Slot::Running(sandbox) => return Ok(sandbox.clone()),
+                    Slot::Running(sandbox) => {
+                        // It is as it was started, whatever the configuration has become since.
+                        if let Some(settings) = &state.settings {
+                            settings
+                                .admit(&bundle.outline)
+                                .map_err(|error| status::settings(&error))?;
+                        }
+                        return Ok(sandbox.clone());
+                    }
                     Slot::Starting(under_way) => (None, under_way.clone()),
                     Slot::Empty => {
                         let (over, under_way) = watch::channel(());
@@ -172,41 +184,44 @@ impl Pod {
                 let _ = under_way.changed().await;
                 continue;
             };
-            let started = self.start_sandbox(bundle).await;
-            self.lock().sandbox = match &started {
-                Ok(sandbox) => Slot::Running(sandbox.clone()),
-                Err(_) => Slot::Empty,
-            };
+            let started = self.start_sandbox(bundle, options).await;
+            let mut state = self.lock();
+            state.sandbox = Slot::Empty;
+            if let Ok((sandbox, settings)) = &started {
+                state.sandbox = Slot::Running(sandbox.clone());
+                state.settings = Some(settings.clone());
+            }
+            drop(state);
             drop(over);
-            return started.map_err(|error| status::start(&error));
+            return started.map(|(sandbox, _)| sandbox);
         }
     }
 
-    async fn start_sandbox(&self, bundle: &Bundle) -> Result<Arc<Sandbox>, StartError> {
+    async fn start_sandbox(
+        &self,
+        bundle: &Bundle,
+        options: &Options,
+    ) -> ttrpc::Result<(Arc<Sandbox>, Arc<Settings>)> {
+        let settings = Settings::read(options, &bundle.outline).map_err(|error| status::settings(&error))?;
+        log::apply(&settings.config.log);
+        let started = self.start_with(bundle, &settings).await;
+        let sandbox = started.map_err(|error| {
+            let error = status::start(&error);
+            tracing::error!(%error, "the sandbox did not start");
+            error
+        })?;
+        Ok((sandbox, Arc::new(settings)))
+    }
+
+    async fn start_with(&self, bundle: &Bundle, settings: &Settings) -> Result<Arc<Sandbox>, StartError> {
+        let config = |programs| settings.sandbox(&self.namespace, &self.id, &bundle.outline, programs);
         #[cfg(test)]
         if let Some(stage) = &self.stage {
-            let config = self.config(bundle, stage.player.programs());
-            return stage.start(config, self.events.clone()).await;
+            return stage
+                .start(config(stage.player.programs()), self.events.clone())
+                .await;
         }
-        let config = self.config(bundle, Programs::locate()?);
-        let started = Sandbox::start(config, self.events.clone()).await;
-        if let Err(StartError::Guest { console_tail, .. }) = &started {
-            tracing::error!(console = console_tail, "the guest did not start");
-        }
-        started
-    }
-
-    fn config(&self, bundle: &Bundle, programs: Programs) -> SandboxConfig {
-        let size = Size::for_container(&bundle.outline, Host::this());
-        SandboxConfig {
-            namespace: self.namespace.clone(),
-            id: self.id.clone(),
-            programs,
-            vcpus: size.vcpus,
-            memory_mib: size.memory_mib,
-            hostname: bundle.outline.hostname.clone().unwrap_or_default(),
-            kernel_params: String::new(),
-        }
+        Sandbox::start(config(Programs::locate(&settings.config)?), self.events.clone()).await
     }
 
     /// Adds an exec: `spec` is an OCI `process` object in JSON.

@@ -24,6 +24,7 @@ use super::{
     logger::Loggers,
     order::Order,
     publish::Publisher,
+    settings::Settings,
     status::{self, answer},
 };
 use crate::{
@@ -73,6 +74,8 @@ pub struct Pod {
 #[derive(Default)]
 struct State {
     sandbox: Slot,
+    /// What the sandbox was started with.
+    settings: Option<Arc<Settings>>,
     /// Ids whose creation is under way.
     creating: HashSet<String>,
     tasks: HashMap<String, Task>,

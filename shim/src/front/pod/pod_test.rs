@@ -19,7 +19,9 @@ use tokio::{sync::mpsc::UnboundedSender, time::timeout};
 use ttrpc::asynchronous::{Server, TtrpcContext, transport::Listener};
 
 use super::*;
+use crate::config::Source;
 use crate::engine::{Character, Player, SandboxConfig, StartError, start_played};
+use crate::front::options::Options;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 const PROCESS: &str = r#"{"args":["sleep"]}"#;
@@ -69,6 +71,10 @@ pub struct Theatre {
     pub pod: Arc<Pod>,
     heard: Heard,
     pub dir: TempDir,
+    /// The operator's configuration.
+    config: String,
+    /// Those of the next container.
+    annotations: serde_json::Value,
     _server: Server,
 }
 
@@ -96,6 +102,8 @@ impl Theatre {
             pod,
             heard,
             dir,
+            config: String::new(),
+            annotations: serde_json::json!({}),
             _server: server,
         }
     }
@@ -107,11 +115,19 @@ impl Theatre {
     async fn create_with(&self, id: &str, command: &str, names: Names) -> ttrpc::Result<u32> {
         let bundle = self.dir.path().join(id);
         fs::create_dir_all(bundle.join("rootfs")).unwrap();
-        let spec = serde_json::json!({ "process": { "args": [command] }, "root": { "path": "rootfs" } });
+        let spec = serde_json::json!({
+            "process": { "args": [command] },
+            "root": { "path": "rootfs" },
+            "annotations": self.annotations,
+        });
         fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
         let config = TaskConfig {
             id: id.into(),
             bundle: bundle.to_str().unwrap().into(),
+            options: Options {
+                config: Source::Text(self.config.clone()),
+                ..Options::default()
+            },
             names,
             rootfs: vec![],
             announced_rootfs: vec![],
@@ -435,4 +451,57 @@ async fn a_log_is_complete_when_the_container_is_deleted() {
     soon(theatre.pod.end()).await;
     assert!(theatre.is_bare());
     assert_eq!(fs::read_to_string(&log).unwrap(), "ns/d\n");
+}
+
+fn message<T>(result: ttrpc::Result<T>) -> String {
+    match result {
+        Err(ttrpc::Error::RpcStatus(status)) => status.message().to_owned(),
+        _ => panic!("not refused"),
+    }
+}
+
+#[tokio::test]
+async fn a_configuration_that_is_wrong_is_refused_and_leaves_nothing() {
+    let mut theatre = Theatre::open().await;
+    theatre.config = "[machine]\nmemory = 3".into();
+    let refused = theatre.create("c", "sleep").await;
+    assert_eq!(code(refused), Code::INVALID_ARGUMENT);
+    let told = message(theatre.create("c", "sleep").await);
+    assert!(
+        told.starts_with("the runtime's options:2: machine.memory: there is no such option"),
+        "{told}"
+    );
+    assert!(theatre.is_bare());
+    theatre.config.clear();
+    theatre.create("c", "sleep").await.unwrap();
+    theatre.pod.end().await;
+}
+
+#[tokio::test]
+async fn annotations_are_refused_by_name_unless_they_are_allowed() {
+    let mut theatre = Theatre::open().await;
+    theatre.annotations = serde_json::json!({ "io.husk.memory_mib": "128", "org.example": "x" });
+    let told = message(theatre.create("c", "sleep").await);
+    assert!(
+        told.contains("annotation io.husk.memory_mib: not allowed"),
+        "{told}"
+    );
+    theatre.config = "annotations.allowed = [\"io.husk.memory_mib\"]".into();
+    theatre.create("c", "sleep").await.unwrap();
+    let status = theatre.dir.path().join("run/ns/pod/status.json");
+    soon(async {
+        while !fs::read_to_string(&status).is_ok_and(|text| text.contains(r#""memory_mib":128"#)) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+    // The sandbox is as it was started.
+    theatre.create("same", "sleep").await.unwrap();
+    theatre.annotations = serde_json::json!({ "io.husk.memory_mib": "256" });
+    assert_eq!(
+        code(theatre.create("other", "sleep").await),
+        Code::INVALID_ARGUMENT
+    );
+    theatre.pod.end().await;
+    assert!(theatre.is_bare());
 }
