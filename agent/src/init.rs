@@ -16,7 +16,7 @@ use nix::{
 use crate::{
     dial::Dial,
     log,
-    process::launch,
+    process::{launch, oom},
     sandbox::{Config, Sandbox},
     serve, sys,
 };
@@ -172,6 +172,7 @@ fn prepare_machine() -> Result<Config, InitError> {
             log::warning!("set {name}: {error}");
         }
     }
+    oom::protect().map_err(failed("set oom_score_adj"))?;
     sys::set_rlimit(libc::RLIMIT_NOFILE, MAX_FILES, MAX_FILES).map_err(failed("RLIMIT_NOFILE"))?;
     loopback_up().map_err(failed("bring up lo"))?;
     let cgroups = prepare_cgroups(Path::new(CGROUPS)).map_err(failed("prepare cgroups"))?;

@@ -9,10 +9,11 @@ use async_trait::async_trait;
 use husk_agent_protocol::{
     limits::{MAX_MESSAGE_LEN, MAX_SPEC_LEN, is_valid_id},
     messages::{
-        CreateContainerRequest, CreateContainerResponse, DeleteContainerRequest, Empty, Event,
-        ExecProcessRequest, ExecProcessResponse, ListProcessesRequest, ListProcessesResponse,
-        ResizeTerminalRequest, SetupRequest, SetupResponse, SignalProcessRequest, StartContainerRequest,
-        StartContainerResponse, list_processes_response,
+        ContainerStatsRequest, ContainerStatsResponse, CreateContainerRequest, CreateContainerResponse,
+        DeleteContainerRequest, Empty, Event, ExecProcessRequest, ExecProcessResponse, ListProcessesRequest,
+        ListProcessesResponse, PauseContainerRequest, ResizeTerminalRequest, ResumeContainerRequest,
+        SetupRequest, SetupResponse, SignalProcessRequest, StartContainerRequest, StartContainerResponse,
+        UpdateContainerRequest, UpdateContainerResponse, list_processes_response,
     },
     service::Agent,
 };
@@ -208,6 +209,58 @@ impl Agent for Service {
             });
         Ok(ListProcessesResponse {
             processes: processes.collect(),
+            ..Default::default()
+        })
+    }
+
+    async fn pause_container(
+        &self,
+        _: &TtrpcContext,
+        request: PauseContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        check_id(&request.container_id, "container")?;
+        let paused = to_the_end(Arc::clone(&self.sandbox).pause(request.container_id)).await;
+        paused.map(|()| Empty::new()).map_err(|error| status(&error))
+    }
+
+    async fn resume_container(
+        &self,
+        _: &TtrpcContext,
+        request: ResumeContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        check_id(&request.container_id, "container")?;
+        let resumed = self.sandbox.resume(&request.container_id);
+        resumed.map(|()| Empty::new()).map_err(|error| status(&error))
+    }
+
+    async fn update_container(
+        &self,
+        _: &TtrpcContext,
+        request: UpdateContainerRequest,
+    ) -> ttrpc::Result<UpdateContainerResponse> {
+        check_id(&request.container_id, "container")?;
+        check_document(&request.resources_json)?;
+        let mut response = UpdateContainerResponse::new();
+        match self
+            .sandbox
+            .update(&request.container_id, &request.resources_json)
+        {
+            Ok(()) => {}
+            Err(Error::Fault(fault)) => response.failure = Some(fault.to_wire()).into(),
+            Err(error) => return Err(status(&error)),
+        }
+        Ok(response)
+    }
+
+    async fn container_stats(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerStatsRequest,
+    ) -> ttrpc::Result<ContainerStatsResponse> {
+        check_id(&request.container_id, "container")?;
+        let files = self.sandbox.statistics(&request.container_id);
+        Ok(ContainerStatsResponse {
+            files: files.map_err(|error| status(&error))?,
             ..Default::default()
         })
     }

@@ -21,7 +21,8 @@ fn check(result: libc::c_long) -> io::Result<libc::c_long> {
     }
 }
 
-fn own(result: libc::c_long) -> io::Result<OwnedFd> {
+/// The descriptor that a system call has just answered.
+pub fn own(result: libc::c_long) -> io::Result<OwnedFd> {
     let fd = RawFd::try_from(check(result)?).map_err(io::Error::other)?;
     // SAFETY: the system call has just returned this new descriptor to us; nobody else knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
@@ -349,4 +350,15 @@ pub fn enter_namespaces(of: BorrowedFd<'_>, kinds: i32) -> io::Result<()> {
     // SAFETY: a descriptor and flags.
     check(unsafe { libc::setns(of.as_raw_fd(), kinds) }.into())?;
     Ok(())
+}
+
+/// bpf(2).
+///
+/// # Safety
+///
+/// `attributes` is the beginning of the union's part for `command`, and what it points to is valid.
+pub unsafe fn bpf<T>(command: u32, attributes: &T) -> io::Result<libc::c_long> {
+    let attributes: *const T = attributes;
+    // SAFETY: the caller's; the size is that of the attributes.
+    check(unsafe { libc::syscall(libc::SYS_bpf, command, attributes, size_of::<T>()) })
 }

@@ -533,47 +533,6 @@ async fn a_writer_is_stopped_by_a_slow_reader_and_killed_by_one_that_leaves() {
 }
 
 #[tokio::test]
-async fn limits_hold_and_a_lack_of_memory_is_told_before_the_exit() {
-    let host = Host::new().await;
-    let mut spec = script("cd /sys/fs/cgroup; cat memory.max pids.max cpu.max cpu.weight");
-    spec["linux"]["resources"] = json!({
-        "memory": {"limit": 33_554_432},
-        "pids": {"limit": 20},
-        "cpu": {"quota": 50_000, "period": 100_000, "shares": 1024}
-    });
-    if !host.enable_controllers(&["memory", "pids", "cpu"]) {
-        host.rootfs("c");
-        let failure = host.try_create("c", &spec).await.err().unwrap();
-        assert!(
-            failure.message.starts_with("linux.resources.memory.limit: "),
-            "{}",
-            failure.message
-        );
-        assert_eq!(directories(&host.cgroups), Vec::<std::path::PathBuf>::new());
-        eprintln!("cgroup v2 of this machine has no controllers: only their absence was tested");
-        return;
-    }
-    let output = host.output("c", &spec).await;
-    assert_eq!(output.0, "33554432\n20\n50000 100000\n39\n", "{}", output.1);
-
-    spec["process"] = process(&["dd", "if=/dev/zero", "of=/dev/null", "bs=100M", "count=1"]);
-    let _streams = host.run("c", &spec).await;
-    match host.next_event().await {
-        event::Kind::Oom(oom) => assert_eq!(oom.container_id, "c"),
-        other => panic!("{other:?}"),
-    }
-    assert_eq!(host.next_exit().await, ("c".into(), String::new(), 137));
-    host.delete("c").await.unwrap();
-
-    // And of a child of init, at once: the container lives on.
-    spec["process"] = process(&["sh", "-c", "dd if=/dev/zero of=/dev/null bs=100M count=1; cat"]);
-    let mut streams = host.run("c", &spec).await;
-    assert!(matches!(host.next_event().await, event::Kind::Oom(_)));
-    streams.stdin = None;
-    assert_eq!(host.next_exit().await.2, 0);
-}
-
-#[tokio::test]
 async fn many_at_once_leave_nothing() {
     let host = Host::new().await;
     host.output("warm-up", &spec(&["true"])).await;

@@ -2,16 +2,17 @@
 
 use std::{
     fs::{self, File},
-    io::{self, Read, Seek},
+    io::{self, Write},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
     time::Duration,
 };
 
-use tokio::io::{Interest, unix::AsyncFd};
-
-use super::resources::Setting;
-use crate::{fault::Fault, sys};
+use super::{
+    changes::{Changes, counter},
+    resources::Setting,
+};
+use crate::fault::Fault;
 
 /// Bounds on what a container makes below its cgroup, so that removing it is bounded, too.
 const MAX_DEPTH: &str = "64";
@@ -45,16 +46,7 @@ impl Cgroup {
             cgroup
                 .write("cgroup.max.descendants", MAX_DESCENDANTS)
                 .map_err(failed)?;
-            for setting in settings {
-                match cgroup.write(&setting.file, &setting.value) {
-                    Err(error) if setting.optional && error.kind() == io::ErrorKind::NotFound => {}
-                    result => result.map_err(|error| {
-                        let what =
-                            format!("{}: write {:?} to {}", setting.field, setting.value, setting.file);
-                        Fault::system(what, error)
-                    })?,
-                }
-            }
+            cgroup.set(settings)?;
             Ok(cgroup)
         });
         if prepared.is_err() {
@@ -75,8 +67,22 @@ impl Cgroup {
         self.directory.as_fd()
     }
 
-    fn write(&self, file: &str, value: &str) -> io::Result<()> {
-        fs::write(self.path.join(file), value)
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Writes to one of its files.
+    ///
+    /// # Errors
+    ///
+    /// The file is not there, or the kernel refuses the value.
+    pub fn write(&self, file: &str, value: &str) -> io::Result<()> {
+        // Never to be created, which would hide that it is not there.
+        fs::OpenOptions::new()
+            .write(true)
+            .open(self.path.join(file))?
+            .write_all(value.as_bytes())
     }
 
     /// Kills every process in it.
@@ -125,10 +131,34 @@ impl Cgroup {
         Ok(pids)
     }
 
-    /// How many processes the kernel has killed because the memory limit was reached.
+    /// How many processes in it and below the kernel has killed for lack of memory, be it the container's or the
+    /// machine's.
     pub fn oom_kills(&self) -> u64 {
+        self.memory_event("oom_kill")
+    }
+
+    fn memory_event(&self, name: &str) -> u64 {
         // Without the memory controller there is no such file, and nothing to report.
-        fs::read_to_string(self.path.join("memory.events")).map_or(0, |text| counter(&text, "oom_kill"))
+        fs::read_to_string(self.path.join("memory.events")).map_or(0, |text| counter(&text, name))
+    }
+
+    /// Waits until a process in it cannot go on for lack of memory; for ever without a limit.
+    pub async fn out_of_memory(&self) {
+        let Some(mut events) = self.memory_events() else {
+            return std::future::pending().await;
+        };
+        // It can have happened before the watch began.
+        while self.memory_event("oom") == 0 {
+            if events.changed().await.is_err() {
+                return std::future::pending().await;
+            }
+        }
+    }
+
+    /// Bytes of memory in use.
+    pub fn memory(&self) -> Option<u64> {
+        let text = fs::read_to_string(self.path.join("memory.current")).ok()?;
+        text.trim().parse().ok()
     }
 
     /// Reports changes of `memory.events`, where the kernel has it.
@@ -160,13 +190,6 @@ impl Cgroup {
     }
 }
 
-/// The number after `key` in a flat keyed file.
-fn counter(text: &str, key: &str) -> u64 {
-    text.lines()
-        .find_map(|line| line.strip_prefix(key)?.strip_prefix(' ')?.trim().parse().ok())
-        .unwrap_or(0)
-}
-
 fn children(directory: &Path) -> Vec<PathBuf> {
     let Ok(entries) = fs::read_dir(directory) else {
         return Vec::new();
@@ -186,50 +209,5 @@ fn remove_tree(directory: &Path) -> io::Result<()> {
     match fs::remove_dir(directory) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
-    }
-}
-
-/// A file of the cgroup file system that tells of its changes.
-#[derive(Debug)]
-pub struct Changes(AsyncFd<File>);
-
-impl Changes {
-    fn new(path: &Path) -> io::Result<Self> {
-        let mut changes = Self(sys::watch(File::open(path)?, Interest::PRIORITY)?);
-        // A change is one since the last read.
-        changes.read()?;
-        Ok(changes)
-    }
-
-    fn read(&mut self) -> io::Result<String> {
-        let mut text = String::new();
-        let file = self.0.get_mut();
-        file.rewind()?;
-        file.take(4096).read_to_string(&mut text)?;
-        Ok(text)
-    }
-
-    /// Waits for the next change.
-    ///
-    /// # Errors
-    ///
-    /// The cgroup is gone.
-    pub async fn changed(&mut self) -> io::Result<()> {
-        self.0.ready(Interest::PRIORITY).await?.clear_ready();
-        self.read().map(drop)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn counters_are_read_by_their_whole_name() {
-        let text = "low 0\noom 7\noom_kill 3\noom_group_kill 1\n";
-        assert_eq!(counter(text, "oom_kill"), 3);
-        assert_eq!(counter(text, "oom"), 7);
-        assert_eq!(counter(text, "populated"), 0);
-        assert_eq!(counter("oom_kill x\n", "oom_kill"), 0);
     }
 }

@@ -1,12 +1,9 @@
 //! Refuses, by name, each field of a spec that husk does not apply in the guest, so that none is dropped silently.
 //!
 //! Not refused here, since the host side applies or refuses them: `hooks` that run on the host, `linux.cgroupsPath`,
-//! `linux.intelRdt`, `linux.resources.blockIO`, the cpusets of `linux.resources.cpu`, and the network namespace.
+//! `linux.intelRdt`, and the network namespace.
 //! `annotations` have no effect by definition. `process` is checked in [`crate::process::plan`], `mounts` in
 //! [`super::mounts`], `linux.resources` in [`super::resources`].
-//!
-//! Rules in `linux.resources.devices` are accepted and **not enforced yet**: a container has the nodes that its spec
-//! names, and CAP_MKNOD decides over others.
 
 use std::collections::HashMap;
 

@@ -7,7 +7,7 @@ use oci_spec::runtime::{LinuxPersonalityDomain, Spec};
 use super::{
     check, devices, mount_options, mounts,
     namespaces::{Namespaces, Origin},
-    resources::{self, Setting},
+    resources,
     sysctl::Sysctl,
     time::TimeOffsets,
     user::Mappings,
@@ -34,7 +34,7 @@ pub struct ContainerPlan {
     pub hostname: Option<String>,
     pub domainname: Option<String>,
     pub sysctls: Vec<Sysctl>,
-    pub settings: Vec<Setting>,
+    pub resources: resources::Plan,
     /// Argument of personality(2).
     pub personality: Option<u64>,
 }
@@ -122,10 +122,7 @@ impl ContainerPlan {
             domainname: name("domainname", spec.domainname())?,
             namespaces,
             sysctls,
-            settings: linux
-                .resources()
-                .as_ref()
-                .map_or(Ok(Vec::new()), resources::plan)?,
+            resources: resources::plan_new(&linux)?,
             personality: linux
                 .personality()
                 .as_ref()

@@ -22,10 +22,6 @@ use crate::{
 
 /// What needs the guest's own `/proc`, and root: to be called before the container's root is entered.
 pub fn prepare(plan: &ProcessPlan) -> Result<(), Fault> {
-    if let Some(score) = plan.oom_score_adj {
-        std::fs::write("/proc/self/oom_score_adj", score.to_string())
-            .map_err(|error| Fault::system("set process.oomScoreAdj", error))?;
-    }
     if let Some((class, level)) = plan.io_priority {
         sys::set_io_priority(class, level).map_err(|error| Fault::system("set process.ioPriority", error))?;
     }

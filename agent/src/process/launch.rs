@@ -21,6 +21,7 @@ use nix::{
 };
 use tokio::io::{Interest, unix::AsyncFd};
 
+use super::oom;
 use crate::{fault::Fault, sys};
 
 /// How long a process in between may take, in milliseconds.
@@ -135,19 +136,19 @@ impl Reporter {
 }
 
 /// Forks a child with `flags` (`CLONE_NEW…`) into `cgroup`, in which `child` runs until it execs or answers why it
-/// could not. Of the agent's descriptors it has only `keep` (and 0, 1, 2). Answers the pid and the socket.
+/// could not. Of the agent's descriptors it has only `keep` (and 0, 1, 2). `oom_score_adj`: `None` is 0. Answers the pid
+/// and the socket.
 ///
 /// The caller registers the pid before it yields to the reaper.
 pub fn fork(
     flags: u64,
     cgroup: BorrowedFd<'_>,
     keep: &[RawFd],
+    oom_score_adj: Option<i32>,
     child: impl FnOnce(&Reporter) -> Fault,
 ) -> Result<(i32, Channel), Fault> {
     let (channel, theirs) = socket()?;
-    // SAFETY: the agent is single-threaded by construction (a current-thread runtime, no blocking tasks).
-    let forked = unsafe { sys::clone3(flags, Some(cgroup)) };
-    match forked.map_err(|error| Fault::system("fork", error))? {
+    match clone(flags, Some(cgroup), oom_score_adj)? {
         Some(pid) => Ok((pid, channel)),
         None => end(Reporter(theirs), |reporter| match first_steps(reporter, keep) {
             Ok(()) => child(reporter),
@@ -166,6 +167,7 @@ pub fn fork_through<T>(
     flags: u64,
     cgroup: BorrowedFd<'_>,
     keep: &[RawFd],
+    oom_score_adj: Option<i32>,
     child: impl FnOnce(&Reporter, T) -> Fault,
 ) -> Result<(i32, Channel), Fault> {
     let (channel, theirs) = socket()?;
@@ -173,9 +175,7 @@ pub fn fork_through<T>(
         nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(|error| Fault::system("pipe", error))?;
     let mut keep = keep.to_vec();
     keep.extend([cgroup.as_raw_fd(), question.as_raw_fd()]);
-    // SAFETY: as in `fork`.
-    let forked = unsafe { sys::clone3(0, None) };
-    let Some(between) = forked.map_err(|error| Fault::system("fork", error))? else {
+    let Some(between) = clone(0, None, oom_score_adj)? else {
         end(Reporter(theirs), |reporter| {
             let staged = first_steps(reporter, &keep).and_then(|()| stage());
             let staged = match staged {
@@ -217,6 +217,22 @@ pub fn fork_through<T>(
             Err(Fault::system("wait for the process in between", error))
         }
     }
+}
+
+/// Forks, with the score that the child shall have.
+fn clone(
+    flags: u64,
+    cgroup: Option<BorrowedFd<'_>>,
+    oom_score_adj: Option<i32>,
+) -> Result<Option<i32>, Fault> {
+    let own = oom::lend(oom_score_adj.unwrap_or(0))
+        .map_err(|error| Fault::system("set process.oomScoreAdj", error))?;
+    // SAFETY: the agent is single-threaded by construction (a current-thread runtime, no blocking tasks).
+    let forked = unsafe { sys::clone3(flags, cgroup) };
+    if !matches!(forked, Ok(None)) {
+        own.restore();
+    }
+    forked.map_err(|error| Fault::system("fork", error))
 }
 
 /// The number that the process in between writes; EPIPE if it ends without.

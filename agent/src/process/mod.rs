@@ -5,5 +5,6 @@ pub mod command;
 pub mod credentials;
 pub mod enter;
 pub mod launch;
+pub mod oom;
 pub mod plan;
 pub mod terminal;

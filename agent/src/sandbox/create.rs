@@ -9,11 +9,13 @@ use std::{
 
 use husk_agent_protocol::messages;
 use oci_spec::runtime::Spec;
+use tokio::sync::watch;
 
 use super::{
     Error, Sandbox,
     launching::{Forked, copy, descriptors, process_stdio, ready},
-    state::{Container, Phase, Process, State},
+    limits,
+    state::{Container, Freezer, Phase, Process, State},
 };
 use crate::{
     container::{cgroup::Cgroup, create, namespaces::Origin, plan::ContainerPlan, stage::Stage},
@@ -55,7 +57,16 @@ impl Sandbox {
             pipes,
             mut ended,
         } = self.fork_init(&id, &plan, &ports)?;
-        let prepared = tokio::try_join!(ready(&channel), stdio::connect(&self.config.dial, &ports));
+        let cgroup = Arc::clone(&self.state().container(&id)?.cgroup);
+        let prepared = tokio::select! {
+            prepared = async { tokio::try_join!(ready(&channel), stdio::connect(&self.config.dial, &ports)) } => prepared,
+            () = cgroup.out_of_memory() => Err(too_little_memory(&plan)),
+        };
+        let prepared = match prepared {
+            // Who was killed cannot say why.
+            Err(_) if cgroup.oom_kills() > 0 => Err(too_little_memory(&plan)),
+            prepared => prepared,
+        };
         let prepared = prepared.and_then(|(master, streams)| copy(master, pipes, streams));
         match prepared {
             Ok(terminal) => {
@@ -100,7 +111,17 @@ impl Sandbox {
         let mappings = stage.as_ref().and_then(|stage| stage.user.as_ref());
         let mappings = mappings.map(|(_, mappings)| mappings.clone());
         let (process_end, pipes) = process_stdio(&plan.process, mappings.as_ref(), ports)?;
-        let cgroup = Cgroup::create(self.config.cgroups.join(id), &plan.settings)?;
+        let cgroup = Cgroup::create(self.config.cgroups.join(id), &plan.resources.settings)?;
+        let rules = plan.resources.devices.as_ref();
+        let filter = rules.map(|rules| limits::attach_filter(&cgroup, rules, None));
+        let filter = match filter.transpose() {
+            Ok(filter) => filter,
+            Err(fault) => {
+                cgroup.remove_empty();
+                return Err(fault.into());
+            }
+        };
+        let score = plan.process.oom_score_adj;
         let mut keep = descriptors(&process_end);
         let run = |stage, reporter: &Reporter| match create::run(id, plan, stage, &process_end, reporter) {
             Err(fault) => fault,
@@ -108,7 +129,9 @@ impl Sandbox {
         };
         let flags = plan.namespaces.clone_flags();
         let forked = match &stage {
-            None => launch::fork(flags, cgroup.directory(), &keep, |reporter| run(None, reporter)),
+            None => launch::fork(flags, cgroup.directory(), &keep, score, |reporter| {
+                run(None, reporter)
+            }),
             Some(stage) => {
                 keep.extend(stage.joined.iter().map(|(_, pidfd)| pidfd.as_raw_fd()));
                 keep.extend(stage.user.iter().map(|(namespace, _)| namespace.as_raw_fd()));
@@ -117,6 +140,7 @@ impl Sandbox {
                     flags,
                     cgroup.directory(),
                     &keep,
+                    score,
                     |reporter, handed| run(Some((stage, handed)), reporter),
                 )
             }
@@ -161,6 +185,10 @@ impl Sandbox {
             oom_kills: 0,
             oom_watch,
             deleting: false,
+            freezer: Freezer::Thawed,
+            preparing: watch::Sender::new(0),
+            standing: plan.resources.standing.clone(),
+            filter,
         });
         state.owners.insert(pid, (id.to_owned(), None));
         Ok(Forked {
@@ -229,5 +257,20 @@ impl State {
             _ => None,
         };
         Ok(Stage { joined, user })
+    }
+}
+
+fn too_little_memory(plan: &ContainerPlan) -> Fault {
+    let mut settings = plan.resources.settings.iter();
+    let limit = settings.find(|setting| setting.file == "memory.max");
+    match limit {
+        Some(limit) => Fault::spec(
+            &limit.field,
+            format_args!(
+                "container init was OOM-killed ({} bytes are too little)",
+                limit.value
+            ),
+        ),
+        None => Fault::system("container init was OOM-killed", nix::errno::Errno::ENOMEM),
     }
 }

@@ -7,11 +7,12 @@ use std::{
 
 use husk_agent_protocol::messages;
 use oci_spec::runtime::Process as ProcessSpec;
+use tokio::sync::watch;
 
 use super::{
     Error, Sandbox,
     launching::{Forked, copy, descriptors, process_stdio, ready},
-    state::{Phase, Process},
+    state::{Container, Freezer, Phase, Process},
 };
 use crate::{
     container::create,
@@ -42,6 +43,7 @@ impl Sandbox {
             pipes,
             mut ended,
         } = self.fork_exec(&id, &exec, &plan, &ports)?;
+        let _preparing = Preparing::new(self.state().container(&id)?);
         let started = async {
             let (master, streams) =
                 tokio::try_join!(ready(&channel), stdio::connect(&self.config.dial, &ports))?;
@@ -94,6 +96,9 @@ impl Sandbox {
                 "container {id} is not running"
             )));
         }
+        if container.freezer != Freezer::Thawed {
+            return Err(Error::FailedPrecondition(format!("container {id} is paused")));
+        }
         if container.execs.contains_key(exec) {
             return Err(Error::AlreadyExists(format!("process {exec} of container {id}")));
         }
@@ -111,6 +116,7 @@ impl Sandbox {
             0,
             container.cgroup.directory(),
             &keep,
+            plan.oom_score_adj,
             |reporter| match create::join(plan, init, namespaces, &process_end, reporter) {
                 Err(fault) => fault,
                 Ok(never) => match never {},
@@ -133,5 +139,23 @@ impl Sandbox {
             pipes,
             ended,
         })
+    }
+}
+
+/// An exec on its way, which a pause waits for.
+struct Preparing(watch::Sender<usize>);
+
+impl Preparing {
+    fn new(container: &Container) -> Self {
+        container
+            .preparing
+            .send_modify(|count| *count = count.saturating_add(1));
+        Self(container.preparing.clone())
+    }
+}
+
+impl Drop for Preparing {
+    fn drop(&mut self) {
+        self.0.send_modify(|count| *count = count.saturating_sub(1));
     }
 }

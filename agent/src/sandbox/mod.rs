@@ -7,6 +7,8 @@
 mod create;
 mod exec;
 mod launching;
+mod limits;
+mod pause;
 mod state;
 
 use std::{
@@ -156,6 +158,10 @@ impl Sandbox {
         };
         report_oom(container, &id, &self.events);
         let is_init = exec.is_none();
+        if is_init {
+            // What is left of it cannot be resumed any more.
+            pause::thaw(container, &id);
+        }
         if is_init && !container.namespaces.pid.is_new() {
             // With one, the kernel has done this.
             if let Err(error) = container.cgroup.kill() {

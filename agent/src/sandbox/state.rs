@@ -6,7 +6,8 @@ use tokio::{io::unix::AsyncFd, sync::watch, task::JoinHandle};
 
 use super::Error;
 use crate::{
-    container::{cgroup::Cgroup, namespaces::Namespaces, user::Mappings},
+    bpf::DeviceFilter,
+    container::{cgroup::Cgroup, namespaces::Namespaces, resources::Standing, user::Mappings},
     process::launch::Channel,
 };
 
@@ -41,6 +42,11 @@ impl Phase {
         matches!(self, Self::Created | Self::Running)
     }
 
+    /// Whether limits can be changed.
+    pub(super) fn can_be_limited(self) -> bool {
+        matches!(self, Self::Created | Self::Starting | Self::Running)
+    }
+
     /// Whether the container can be deleted, by killing an init that has not started if need be.
     pub(super) fn can_delete(self) -> bool {
         matches!(self, Self::Created | Self::Ended(_))
@@ -70,6 +76,14 @@ impl Process {
     }
 }
 
+/// Whether a container stands still.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Freezer {
+    Thawed,
+    Freezing,
+    Frozen,
+}
+
 #[derive(Debug)]
 pub(super) struct Container {
     pub(super) init: Process,
@@ -84,6 +98,13 @@ pub(super) struct Container {
     pub(super) oom_kills: u64,
     pub(super) oom_watch: Option<JoinHandle<()>>,
     pub(super) deleting: bool,
+    pub(super) freezer: Freezer,
+    /// How many execs are on their way to their command. Frozen there, they would be started by a resume that nobody
+    /// connects with them.
+    pub(super) preparing: watch::Sender<usize>,
+    pub(super) standing: Standing,
+    /// The filter of devices that is attached to the cgroup.
+    pub(super) filter: Option<DeviceFilter>,
 }
 
 impl Drop for Container {

@@ -21,9 +21,10 @@ use std::{
 use husk_agent_protocol::{
     limits::{AGENT_PORT, FIRST_STDIO_PORT},
     messages::{
-        CreateContainerRequest, DeleteContainerRequest, Empty, Event, ExecProcessRequest, Failure,
-        ListProcessesRequest, ResizeTerminalRequest, SetupRequest, SignalProcessRequest,
-        StartContainerRequest, Stdio, event,
+        ContainerStatsRequest, CreateContainerRequest, DeleteContainerRequest, Empty, Event,
+        ExecProcessRequest, Failure, ListProcessesRequest, PauseContainerRequest, ResizeTerminalRequest,
+        ResumeContainerRequest, SetupRequest, SignalProcessRequest, StartContainerRequest, Stdio,
+        UpdateContainerRequest, event,
     },
     service::AgentClient,
 };
@@ -213,6 +214,18 @@ impl Host {
         fs::read_to_string(children).unwrap().trim().parse().unwrap()
     }
 
+    /// Pid on this machine of the container's process that is `pid` to the agent.
+    pub fn pid_here(&self, id: &str, pid: i32) -> i32 {
+        let pids = self.cgroup_file(id, "cgroup.procs");
+        let mut pids = pids.lines().map(|here| here.parse().unwrap());
+        pids.find(|here: &i32| {
+            let status = fs::read_to_string(format!("/proc/{here}/status")).unwrap_or_default();
+            let line = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
+            line.unwrap_or_default().split_whitespace().nth(1) == Some(&pid.to_string())
+        })
+        .expect("no such process")
+    }
+
     /// Makes the root file system of a container and answers its path.
     pub fn rootfs(&self, id: &str) -> PathBuf {
         let root = self.directory.path().join("share").join(id).join("rootfs");
@@ -340,6 +353,17 @@ impl Host {
     }
 
     pub async fn exec(&self, id: &str, exec: &str, process: &Value) -> Result<Streams, Failure> {
+        let started = self.try_exec(id, exec, process).await;
+        started.map_err(|failure| failure.unwrap_or_else(|code| panic!("exec: {code:?}")))
+    }
+
+    /// `Err(Err)`: a code rather than a failure.
+    pub async fn try_exec(
+        &self,
+        id: &str,
+        exec: &str,
+        process: &Value,
+    ) -> Result<Streams, Result<Failure, Code>> {
         let offer = self.offer(process["terminal"] == json!(true), true);
         let request = ExecProcessRequest {
             container_id: id.into(),
@@ -348,9 +372,10 @@ impl Host {
             stdio: Some(offer.stdio).into(),
             ..Default::default()
         };
-        let response = self.client.exec_process(deadline(), &request).await.unwrap();
+        let response = self.client.exec_process(deadline(), &request).await;
+        let response = response.map_err(|error| Err(code(error)))?;
         match response.failure.into_option() {
-            Some(failure) => Err(failure),
+            Some(failure) => Err(Ok(failure)),
             None => Ok(Self::take(offer.listeners).await),
         }
     }
@@ -396,6 +421,54 @@ impl Host {
             .into_iter()
             .map(|process| (process.pid, process.exec_id))
             .collect()
+    }
+
+    pub async fn pause(&self, id: &str) -> Result<(), Code> {
+        let request = PauseContainerRequest {
+            container_id: id.into(),
+            ..Default::default()
+        };
+        let paused = self.client.pause_container(deadline(), &request).await;
+        paused.map(drop).map_err(code)
+    }
+
+    pub async fn resume(&self, id: &str) -> Result<(), Code> {
+        let request = ResumeContainerRequest {
+            container_id: id.into(),
+            ..Default::default()
+        };
+        let resumed = self.client.resume_container(deadline(), &request).await;
+        resumed.map(drop).map_err(code)
+    }
+
+    /// `Err(Err)`: a code rather than a failure.
+    pub async fn update(&self, id: &str, resources: &Value) -> Result<(), Result<Failure, Code>> {
+        let request = UpdateContainerRequest {
+            container_id: id.into(),
+            resources_json: serde_json::to_vec(resources).unwrap(),
+            ..Default::default()
+        };
+        let response = self.client.update_container(deadline(), &request).await;
+        let response = response.map_err(|error| Err(code(error)))?;
+        response
+            .failure
+            .into_option()
+            .map_or(Ok(()), |failure| Err(Ok(failure)))
+    }
+
+    pub async fn stats(&self, id: &str) -> Result<HashMap<String, String>, Code> {
+        let request = ContainerStatsRequest {
+            container_id: id.into(),
+            ..Default::default()
+        };
+        let response = self.client.container_stats(deadline(), &request).await;
+        response.map(|response| response.files).map_err(code)
+    }
+
+    /// A file of the container's cgroup, without its last newline.
+    pub fn cgroup_file(&self, id: &str, file: &str) -> String {
+        let text = fs::read_to_string(self.cgroups.join(id).join(file)).unwrap();
+        text.trim_end().to_owned()
     }
 
     pub async fn delete(&self, id: &str) -> Result<(), Code> {
