@@ -13,6 +13,7 @@
 mod bpf;
 mod container;
 mod dial;
+mod document;
 mod events;
 mod fault;
 mod init;

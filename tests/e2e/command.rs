@@ -153,6 +153,17 @@ impl Running {
         }
     }
 
+    /// The standard output so far.
+    pub fn seen(&mut self) -> String {
+        self.seen.extend(self.stdout.try_iter().flatten());
+        String::from_utf8_lossy(&self.seen).into_owned()
+    }
+
+    /// Whether the standard output has `text` in it by now.
+    pub fn has(&mut self, text: &str) -> bool {
+        self.seen().contains(text)
+    }
+
     #[track_caller]
     pub fn finish(mut self, deadline: Duration) -> Finished {
         let mut child = self.child.take().unwrap();

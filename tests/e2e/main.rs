@@ -3,12 +3,17 @@
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
 
 mod bad_input;
+mod bundle;
+mod case;
 mod census;
 mod command;
+mod config;
 mod containerd;
 mod crash;
 mod foreground;
 mod host;
 mod programs;
+mod shim;
 mod streams;
+mod task;
 mod terminal;

@@ -19,6 +19,7 @@ use super::{
 };
 use crate::{
     container::{cgroup::Cgroup, create, namespaces::Origin, plan::ContainerPlan, stage::Stage},
+    document,
     fault::Fault,
     log,
     process::launch::{self, Reporter},
@@ -47,7 +48,7 @@ impl Sandbox {
                 "the sandbox has not been set up".into(),
             ));
         }
-        let spec: Spec = serde_json::from_slice(&spec).map_err(|error| Fault::spec("config.json", error))?;
+        let spec: Spec = document::read(&spec, "")?;
         let plan = ContainerPlan::new(&spec, &self.config.share.join(&id), &volumes, &joined)?;
         create::visit_mounts(&plan);
         drop(spec);

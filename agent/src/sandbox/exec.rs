@@ -16,6 +16,7 @@ use super::{
 };
 use crate::{
     container::create,
+    document,
     fault::Fault,
     process::{
         launch::{self, Report},
@@ -33,8 +34,7 @@ impl Sandbox {
         process: Vec<u8>,
         ports: messages::Stdio,
     ) -> Result<i32, Error> {
-        let process: ProcessSpec =
-            serde_json::from_slice(&process).map_err(|error| Fault::spec("process", error))?;
+        let process: ProcessSpec = document::read(&process, "process")?;
         let plan = ProcessPlan::new(&process, "process")?;
         drop(process);
         let Forked {

@@ -1,0 +1,8 @@
+//! config.json, field by field: each container runs under runc and under husk and must look the same from inside.
+
+mod hooks;
+mod linux;
+mod mounts;
+mod process;
+mod resources;
+mod seccomp;

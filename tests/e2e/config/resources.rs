@@ -1,0 +1,213 @@
+//! `linux.resources` and `linux.cgroupsPath`: what the container's cgroup says and does.
+
+use serde_json::json;
+
+use crate::case::{Case, Runtime};
+use crate::command::{eventually, run};
+
+#[test]
+fn memory() {
+    Case::of(json!({"linux": {"resources": {"memory": {
+        "limit": 67_108_864, "swap": 100_663_296, "reservation": 33_554_432,
+    }}}}))
+    .sh("cd /sys/fs/cgroup; cat memory.max memory.swap.max memory.low")
+    .prints("67108864\n33554432\n33554432\n");
+}
+
+#[test]
+fn memory_without_bound() {
+    Case::of(json!({"linux": {"resources": {"memory": {"limit": -1, "swap": -1}}}}))
+        .sh("cd /sys/fs/cgroup; cat memory.max memory.swap.max")
+        .prints("max\nmax\n");
+}
+
+#[test]
+fn cpu() {
+    Case::of(json!({"linux": {"resources": {"cpu": {
+        "shares": 512, "quota": 50_000, "period": 200_000, "cpus": "0", "mems": "0",
+    }}}}))
+    .sh("cd /sys/fs/cgroup; cat cpu.weight cpu.max cpuset.cpus cpuset.mems; grep Cpus_allowed_list /proc/self/status")
+    .each(|runtime, done, _| {
+        // Since cgroups 0.0.5 (runc 1.4) shares become a weight by another curve.
+        let weight = if runtime == Runtime::Runc && Runtime::runc_version() >= (1, 4) { 59 } else { 20 };
+        assert_eq!(
+            done.out(),
+            format!("{weight}\n50000 200000\n0\n0\nCpus_allowed_list:\t0\n"),
+            "{runtime:?}"
+        );
+    });
+}
+
+#[test]
+fn cpu_burst() {
+    Case::of(json!({"linux": {"resources": {"cpu": {"quota": 50_000, "period": 100_000, "burst": 20_000}}}}))
+        .sh("cd /sys/fs/cgroup; cat cpu.max cpu.max.burst")
+        .runc_since(1, 2)
+        .prints("50000 100000\n20000\n");
+}
+
+#[test]
+fn cpu_idle() {
+    Case::of(json!({"linux": {"resources": {"cpu": {"idle": 1}}}}))
+        .sh("cat /sys/fs/cgroup/cpu.idle")
+        .runc_since(1, 2)
+        .prints("1\n");
+}
+
+#[test]
+fn pids() {
+    Case::of(json!({"linux": {"resources": {"pids": {"limit": 7}}}}))
+        .sh("cat /sys/fs/cgroup/pids.max; for n in 1 2 3 4 5 6 7 8 9; do sleep 1 & done 2>&1 | head -n 1; true")
+        .each(|runtime, done, _| {
+            let text = done.out() + &done.err();
+            assert!(text.starts_with("7\n"), "{runtime:?}: {text}");
+            assert!(text.contains("can't fork"), "{runtime:?}: {text}");
+        });
+}
+
+#[test]
+fn hugetlb() {
+    Case::of(json!({"linux": {"resources": {"hugepageLimits": [{"pageSize": "2MB", "limit": 4_194_304}]}}}))
+        .sh("cat /sys/fs/cgroup/hugetlb.2MB.max")
+        .prints("4194304\n");
+}
+
+#[test]
+fn unified() {
+    Case::of(json!({"linux": {"resources": {"unified": {
+        "memory.high": "50000000", "pids.max": "55", "cpu.weight": "321", "memory.min": "4096",
+    }}}}))
+    .sh("cd /sys/fs/cgroup; cat memory.high pids.max cpu.weight memory.min")
+    .prints("49999872\n55\n321\n4096\n");
+}
+
+#[test]
+fn unified_files_that_are_not_there() {
+    Case::of(json!({"linux": {"resources": {"unified": {"memory.magic": "1"}}}}))
+        .refused(&["linux.resources.unified", "memory.magic"], &["memory.magic"]);
+}
+
+/// A file of another cgroup is none of this one's.
+#[test]
+fn unified_files_elsewhere() {
+    Case::of(json!({"linux": {"resources": {"unified": {"../cgroup.procs": "1"}}}})).refused(
+        &["linux.resources.unified", "../cgroup.procs"],
+        &["../cgroup.procs"],
+    );
+}
+
+#[test]
+fn devices() {
+    Case::of(json!({"linux": {
+        "devices": [
+            {"path": "/dev/log-of-kernel", "type": "c", "major": 1, "minor": 11, "fileMode": 0o666},
+            {"path": "/dev/memory", "type": "c", "major": 1, "minor": 1, "fileMode": 0o666},
+        ],
+        "resources": {"devices": [
+            {"allow": false, "access": "rwm"},
+            {"allow": true, "type": "c", "major": 1, "minor": 11, "access": "r"},
+            {"allow": true, "type": "c", "major": 10, "minor": 229, "access": "m"},
+            {"allow": true, "type": "b", "major": 7, "access": "rwm"},
+        ]},
+    }}))
+    .sh("exec 2>&1; cd /tmp; probe open /dev/log-of-kernel 0; probe open /dev/log-of-kernel 1; probe open /dev/memory 0; \
+         probe mknod fuse 0x21a4 2789; probe mknod other 0x21a4 2790; probe mknod loop 0x61a4 1793; probe mknod disk 0x61a4 2048; \
+         probe mknod null 0x21b6 259; probe open /dev/null 2; probe open fuse 2; probe mknod pipe 0x11a4 0; probe open /dev/ptmx 2")
+    .prints(
+        "open = 3\nopen: EPERM\nopen: EPERM\nmknod = 0\nmknod: EPERM\nmknod = 0\nmknod: EPERM\n\
+         mknod = 0\nopen = 3\nopen: EPERM\nmknod = 0\nopen = 3\n",
+    );
+}
+
+#[test]
+fn all_devices() {
+    Case::of(json!({"linux": {
+        "devices": [{"path": "/dev/log-of-kernel", "type": "c", "major": 1, "minor": 11, "fileMode": 0o666}],
+        "resources": {"devices": [{"allow": true, "access": "rwm"}]},
+    }}))
+    .sh("exec 2>&1; cd /tmp; probe open /dev/log-of-kernel 1; probe mknod disk 0x61a4 2048; probe mknod any 0x21a4 60000")
+    .prints("open = 3\nmknod = 0\nmknod = 0\n");
+}
+
+/// The cgroup that the spec names holds the task on the host, with what bounds it there.
+#[test]
+fn cgroups_path() {
+    Case::of(json!({}))
+        .sh("cat /proc/self/cgroup; grep -c . /proc/mounts > /dev/null && echo ok")
+        .prints("0::/\nok\n");
+    for runtime in Runtime::all() {
+        let id = format!("cgroup-path-{runtime:?}").to_lowercase();
+        let mut bundle = crate::bundle::Bundle::new(&id);
+        bundle.spec["process"]["args"] = json!(["sleep", "1000"]);
+        let config = bundle.write();
+        run(&[
+            "ctr",
+            "run",
+            "-d",
+            "--runtime",
+            runtime.name(),
+            "--config",
+            config.to_str().unwrap(),
+            &id,
+        ])
+        .expect_code(0);
+        let list = crate::command::ok(&["ctr", "task", "ls"]);
+        let pid = list
+            .lines()
+            .find_map(|line| {
+                line.strip_prefix(id.as_str())?
+                    .split_whitespace()
+                    .next()
+                    .map(str::to_owned)
+            })
+            .unwrap();
+        let shown = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+        run(&["ctr", "task", "rm", "-f", &id]);
+        run(&["ctr", "container", "rm", &id]);
+        assert!(
+            shown.starts_with(&format!("0::/husk-e2e/{id}")),
+            "{runtime:?}: {shown}"
+        );
+        let directory = format!("/sys/fs/cgroup/husk-e2e/{id}");
+        eventually("the cgroup to go", || {
+            (!std::path::Path::new(&directory).exists()).then_some(())
+        });
+    }
+}
+
+#[test]
+fn a_limit_below_what_works() {
+    // The kernel kills what does not fit, or there is no room for the runtime's own start.
+    Case::of(json!({"linux": {"resources": {"memory": {"limit": 4096}}}}))
+        .refused(&["linux.resources.memory.limit"], &[]);
+}
+
+#[test]
+fn swap_below_the_limit() {
+    Case::of(json!({"linux": {"resources": {"memory": {"limit": 67_108_864, "swap": 33_554_432}}}}))
+        .refused(&["linux.resources.memory.swap"], &["memory+swap"]);
+}
+
+#[test]
+fn a_cpu_that_is_not_there() {
+    Case::of(json!({"linux": {"resources": {"cpu": {"cpus": "77"}}}}))
+        .refused(&["linux.resources.cpu.cpus"], &["cpuset.cpus"]);
+}
+
+#[test]
+fn a_memory_node_that_is_not_there() {
+    Case::of(json!({"linux": {"resources": {"cpu": {"mems": "5"}}}}))
+        .refused(&["linux.resources.cpu.mems"], &["cpuset.mems"]);
+}
+
+#[test]
+fn a_quota_too_small() {
+    Case::of(json!({"linux": {"resources": {"cpu": {"quota": 5, "period": 100_000}}}}))
+        .refused(&["linux.resources.cpu"], &["cpu.max"]);
+}
+
+#[test]
+fn a_huge_page_size_that_is_not_there() {
+    Case::of(json!({"linux": {"resources": {"hugepageLimits": [{"pageSize": "3MB", "limit": 4_194_304}]}}}))
+        .refused(&["linux.resources.hugepageLimits", "3MB"], &["3MB"]);
+}
