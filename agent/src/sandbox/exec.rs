@@ -17,7 +17,6 @@ use super::{
 use crate::{
     container::create,
     document,
-    fault::Fault,
     process::{
         launch::{self, Report},
         plan::ProcessPlan,
