@@ -29,10 +29,10 @@ build: programs guest-image ## husk's programs and guest image, in target/husk
 .PHONY: programs
 programs:
 	$(call say,building the programs)
-	$(CARGO) build --release --locked -p husk-shim -p husk-vmm -p husk-fsd -p husk-agent
+	$(CARGO) build --release --locked -p husk-shim -p husk-vmm -p husk-fsd -p husk-standin -p husk-agent
 	@install -d $(addprefix $(OUT)/,$(DIRECTORIES))
 	@install -m 755 -C $(addprefix $(TARGET)/release/,containerd-shim-husk-v2 husk) $(OUT)/bin
-	@install -m 755 -C $(addprefix $(TARGET)/release/,husk-vmm husk-fsd) $(OUT)/libexec/husk
+	@install -m 755 -C $(addprefix $(TARGET)/release/,husk-vmm husk-fsd husk-standin) $(OUT)/libexec/husk
 	@install -m 644 -C configs/*.toml $(OUT)/share/husk
 
 .PHONY: guest-image

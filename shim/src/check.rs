@@ -259,7 +259,7 @@ fn host_kernel() -> Found {
 /// Whether the programs are of one version.
 async fn versions(programs: &Programs) -> Found {
     let own = env!("CARGO_PKG_VERSION");
-    for program in [&programs.vmm, &programs.fsd] {
+    for program in [&programs.vmm, &programs.fsd, &programs.standin] {
         let command = {
             let program = program.clone();
             move || {
@@ -418,6 +418,7 @@ mod tests {
         let mut programs = Programs {
             vmm: "/nonexistent".into(),
             fsd: "/nonexistent".into(),
+            standin: "/nonexistent".into(),
             kernel: file("vmlinux", b"\x7fELF..."),
             initramfs: file("initramfs", b"07070100"),
         };
@@ -441,6 +442,7 @@ mod tests {
         let mut programs = Programs {
             vmm: script("husk-vmm", env!("CARGO_PKG_VERSION")),
             fsd: script("husk-fsd", env!("CARGO_PKG_VERSION")),
+            standin: script("husk-standin", env!("CARGO_PKG_VERSION")),
             kernel: dir.path().into(),
             initramfs: dir.path().into(),
         };

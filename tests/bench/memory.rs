@@ -29,7 +29,7 @@ pub fn measure() -> Vec<Figure> {
         "1000",
     ]);
     let mut figures = Vec::new();
-    for name in ["containerd-shim-husk-v2", "husk-vmm", "husk-fsd"] {
+    for name in ["containerd-shim-husk-v2", "husk-vmm", "husk-fsd", "husk-standin"] {
         let pid = pid_of(name);
         figures.push(kilobytes(
             format!("PSS of {name}, without guest memory"),

@@ -18,6 +18,7 @@ pub fn measure() -> Vec<Figure> {
         "bin/husk",
         "libexec/husk/husk-vmm",
         "libexec/husk/husk-fsd",
+        "libexec/husk/husk-standin",
         "lib/husk/initramfs.cpio",
         "lib/husk/vmlinux",
     ]

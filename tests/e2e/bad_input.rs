@@ -184,7 +184,12 @@ fn no_guest_image() {
     for directory in ["bin", "libexec/husk"] {
         fs::create_dir_all(prefix.path().join(directory)).unwrap();
     }
-    for file in ["bin/husk", "libexec/husk/husk-vmm", "libexec/husk/husk-fsd"] {
+    for file in [
+        "bin/husk",
+        "libexec/husk/husk-vmm",
+        "libexec/husk/husk-fsd",
+        "libexec/husk/husk-standin",
+    ] {
         fs::copy(installed.join(file), prefix.path().join(file)).unwrap();
     }
     let husk = prefix.path().join("bin/husk");

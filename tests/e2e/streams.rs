@@ -107,7 +107,7 @@ fn a_flood_of_output_is_not_hoarded() {
     sampler.join().unwrap();
     assert_eq!(done.stdout.len(), megabytes << 20);
     let most = most.lock().unwrap();
-    for name in ["containerd-shim-husk-v2", "husk-vmm", "husk-fsd"] {
+    for name in ["containerd-shim-husk-v2", "husk-vmm", "husk-fsd", "husk-standin"] {
         let peak = *most
             .get(name)
             .unwrap_or_else(|| panic!("{name} was never seen: {most:?}"));

@@ -80,6 +80,7 @@ fn each_option_changes_something_of_its_own() {
         ("guest.log_level", "\"debug\""),
         ("programs.vmm", "\"/v\""),
         ("programs.fsd", "\"/f\""),
+        ("programs.standin", "\"/s\""),
         ("timeouts.boot_seconds", "1"),
         ("timeouts.call_seconds", "1"),
         ("timeouts.shutdown_seconds", "1"),

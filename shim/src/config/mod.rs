@@ -145,6 +145,8 @@ pub struct ProgramPaths {
     pub vmm: Option<PathBuf>,
     /// `husk-fsd`; `None`: the installed one.
     pub fsd: Option<PathBuf>,
+    /// `husk-standin`; `None`: the installed one.
+    pub standin: Option<PathBuf>,
 }
 
 /// `[timeouts]`: how long things may take.

@@ -37,7 +37,7 @@ const SECONDS: RangeInclusive<u64> = 1..=3600;
 const KIB: RangeInclusive<u64> = 4..=64 << 10;
 
 /// All of them, as `configs/husk.toml` lists them.
-pub const KEYS: [Key; 19] = [
+pub const KEYS: [Key; 20] = [
     key!(machine.vcpus, |c, v| c.machine.vcpus = Some(integer(v, VCPUS)?)),
     key!(machine.memory_mib, |c, v| c.machine.memory_mib = integer(v, MIB)?),
     key!(machine.memory_overhead_mib, |c, v| c
@@ -56,6 +56,7 @@ pub const KEYS: [Key; 19] = [
         one_of(v, &GuestLogLevel::NAMES, GuestLogLevel::of)?),
     key!(programs.vmm, |c, v| c.programs.vmm = Some(path(v)?)),
     key!(programs.fsd, |c, v| c.programs.fsd = Some(path(v)?)),
+    key!(programs.standin, |c, v| c.programs.standin = Some(path(v)?)),
     key!(timeouts.boot_seconds, |c, v| c.timeouts.boot = seconds(v)?),
     key!(timeouts.call_seconds, |c, v| c.timeouts.call = seconds(v)?),
     key!(timeouts.shutdown_seconds, |c, v| c.timeouts.shutdown =

@@ -4,7 +4,7 @@ use std::{io, path::Path, time::Duration};
 
 use husk_agent_protocol::limits::is_valid_id;
 
-use super::{CleanupError, places::Places, record::Record, status};
+use super::{CleanupError, hooks::Poststop, places::Places, record::Record, status};
 use crate::host::{
     mount::unmount_below,
     ringlog,
@@ -34,23 +34,29 @@ pub(super) async fn cleanup_in(places: Places, namespace: &str, id: &str) -> Res
     let path = StateDir::path_of(&places.run, namespace, id);
     let dir = path.clone();
     let removed = tokio::task::spawn_blocking(move || {
-        remove_leftovers(&dir)?;
-        statedir::remove(&dir)
+        let poststop = remove_leftovers(&dir)?;
+        statedir::remove(&dir)?;
+        Ok(poststop)
     })
     .await;
-    removed
+    let poststop = removed
         .map_err(io::Error::other)
         .and_then(|result| result)
         .map_err(|source| CleanupError::Host {
             what: format!("cannot remove what is left of the sandbox in {}", path.display()),
             source,
-        })
+        })?;
+    for poststop in poststop {
+        poststop.run().await;
+    }
+    Ok(())
 }
 
-/// Removes all that a sandbox left in and outside of its directory, but not the directory.
-pub(super) fn remove_leftovers(dir: &Path) -> io::Result<()> {
+/// Removes all that a sandbox left in and outside of its directory, but not the directory. Gives the hooks that are
+/// still to be run.
+pub(super) fn remove_leftovers(dir: &Path) -> io::Result<Vec<Poststop>> {
     if !dir.exists() {
-        return Ok(());
+        return Ok(Vec::new());
     }
     // A record that cannot be read is as good as none: its sandbox's programs end with their engine.
     let record = Record::load(dir).unwrap_or_else(|error| {
@@ -59,7 +65,8 @@ pub(super) fn remove_leftovers(dir: &Path) -> io::Result<()> {
     });
     let record = record.unwrap_or_default();
     let mut result = Ok(());
-    for process in [record.vmm, record.fsd].into_iter().flatten() {
+    let programs = [record.vmm, record.fsd].into_iter().flatten();
+    for process in programs.chain(record.standins) {
         match process.kill(KILL) {
             Ok(true) => {}
             Ok(false) => {
@@ -79,4 +86,5 @@ pub(super) fn remove_leftovers(dir: &Path) -> io::Result<()> {
         .and_then(|()| ringlog::remove(&dir.join(status::CONSOLE)))
         .and_then(|()| status::remove(dir))
         .and_then(|()| Record::remove(dir))
+        .map(|()| record.poststop)
 }

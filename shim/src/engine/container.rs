@@ -16,6 +16,7 @@ use super::{
     table::KILLED, undo::Undo,
 };
 use crate::host::{
+    hooks::Phase,
     mount::{Clone, clone_tree, open_path, unmount_below},
     rootfs::{self, Mount},
     share::remove_mount_points,
@@ -57,35 +58,74 @@ impl Sandbox {
             id: &id,
         };
 
-        // On the host: the root file system and the volumes, in the share.
         let mut undo = Undo::default();
-        let volumes = self.show(&id, &bundle, &needs, &rootfs, &mut undo)?;
-
-        // In the guest: the container and its init process.
         let made = async {
+            // On the host: what stands for the container; its root file system and its volumes, in the share. The
+            // hooks run where runc runs them. Meanwhile the guest boots.
+            let plan = self.parts.standins.plan(&needs.namespaces)?;
+            let joined = plan.joined.clone();
+            self.step("stand-in")?;
+            let pid = self.stand_in(&id, plan, &mut undo).await?;
+            let root = self.root(&bundle, &needs, &rootfs, &mut undo)?;
+            self.begin_hooks(&id, pid, &bundle, &needs)?;
+            self.run_hooks(&id, Phase::Prestart).await?;
+            self.run_hooks(&id, Phase::CreateRuntime).await?;
+            let volumes = self.show(&id, &root, &needs, &mut undo)?;
+            self.run_hooks(&id, Phase::CreateContainer).await?;
+
+            // In the guest: the container and its init process.
             self.step("streams")?;
             let (streams, ports) = Streams::open(&self.parts.machine, stdio).await?;
             self.step("create")?;
             let pid = self
                 .parts
                 .agent
-                .create_container(&id, spec, ports, volumes)
+                .create_container(&id, spec, ports, volumes, joined)
                 .await?;
-            Ok::<_, EngineError>((streams, pid))
+            self.table().commit(&id, pid, streams, &mut undo)
         };
         match made.await {
-            Ok((streams, pid)) => self.table().commit(&id, pid, streams, &mut undo),
-            Err(error) => Err(self.explain(error).await),
+            Ok(()) => {
+                self.attend_container(&id);
+                Ok(())
+            }
+            Err(error) => {
+                let error = self.explain(error).await;
+                undo.run();
+                self.run_poststop(&id).await;
+                Err(error)
+            }
         }
+    }
+
+    /// The root file system of a container: mounted, if the engine described it.
+    fn root(
+        &self,
+        bundle: &Path,
+        needs: &Spec,
+        mounts: &[Mount],
+        undo: &mut Undo,
+    ) -> Result<PathBuf, EngineError> {
+        let root = if mounts.is_empty() {
+            needs.root.clone()
+        } else {
+            self.mount_root(bundle, mounts, undo)?
+        };
+        if !root.is_dir() {
+            let root = root.display();
+            return Err(EngineError::InvalidSpec(format!(
+                "the root file system {root} does not exist"
+            )));
+        }
+        Ok(root)
     }
 
     /// Mounts a container's root file system and volumes in the share. Tells the number of each volume.
     fn show(
         &self,
         id: &str,
-        bundle: &Path,
+        root: &Path,
         needs: &Spec,
-        mounts: &[Mount],
         undo: &mut Undo,
     ) -> Result<Vec<(u32, u32)>, EngineError> {
         let base = self.parts.dir.join("share").join(id);
@@ -102,26 +142,15 @@ impl Sandbox {
                 .map_err(host("cannot make a mount point", &dir))?;
         }
 
-        let root = if mounts.is_empty() {
-            needs.root.clone()
-        } else {
-            self.mount_root(bundle, mounts, undo)?
-        };
-        if !root.is_dir() {
-            let root = root.display();
-            return Err(EngineError::InvalidSpec(format!(
-                "the root file system {root} does not exist"
-            )));
-        }
         self.step("rootfs")?;
         let how = Clone {
             recursive: true,
             read_only: false,
             follow: false,
         };
-        open_path(&root)
+        open_path(root)
             .and_then(|from| clone_tree(from.as_fd(), &base.join("rootfs"), how))
-            .map_err(host("cannot show the guest the root file system", &root))?;
+            .map_err(host("cannot show the guest the root file system", root))?;
 
         let mut numbers = Vec::with_capacity(needs.volumes.len());
         for (number, volume) in (0u32..).zip(&needs.volumes) {
@@ -189,7 +218,26 @@ impl Sandbox {
             what: format!("cannot remove container {id}"),
             source: io::Error::other(error),
         })?;
+        self.run_poststop(id).await;
         Ok(exit)
+    }
+
+    /// Kills a container. Returns when it has ended, or does not.
+    pub(super) async fn kill_and_wait(&self, id: &str) {
+        let Ok(mut exit) = self.table().watch(id, None) else {
+            return;
+        };
+        let killed = self
+            .parts
+            .agent
+            .signal(id, None, libc::SIGKILL as u32, true)
+            .await;
+        if let Err(error) = killed {
+            tracing::debug!(%error, container = id, "it was not killed: it may have ended");
+        }
+        if timeout(KILL, exit.wait_for(Option::is_some)).await.is_err() {
+            tracing::warn!(container = id, "it was killed and does not end");
+        }
     }
 
     /// Ends the init process of a container that was never started.
@@ -224,7 +272,7 @@ fn host(what: &str, path: &Path) -> impl FnOnce(io::Error) -> EngineError + use<
 }
 
 /// An error with its causes in one line.
-fn chain(error: &dyn std::error::Error) -> String {
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {

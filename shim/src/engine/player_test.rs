@@ -78,6 +78,17 @@ impl Player {
             "echo the vmm is here >&2; echo Booting >&8; read word <&6; exit 0",
         );
         script("husk-fsd", "exec sleep 1000");
+        // As the real one, but for its rights: it tells SIGTERM only, and ends as it is told.
+        script(
+            "husk-standin",
+            r#"trap 'printf "i\017\000\000\000" >&3' TERM
+            dd bs=16 count=1 <&3 >/dev/null 2>&1
+            printf r >&3
+            dd bs=16 count=1 <&3 2>/dev/null >"$0.$$" &
+            while kill -0 $! 2>/dev/null; do wait $!; done
+            set -- $(od -An -tu1 "$0.$$")
+            exit ${2:-137}"#,
+        );
         mkfifo(&dir.join("vmlinux"), Mode::S_IRWXU).unwrap();
         fs::write(dir.join("initramfs.cpio"), "").unwrap();
         Self {
@@ -92,6 +103,7 @@ impl Player {
         Programs {
             vmm: self.dir.join("husk-vmm"),
             fsd: self.dir.join("husk-fsd"),
+            standin: self.dir.join("husk-standin"),
             kernel: self.dir.join("vmlinux"),
             initramfs: self.dir.join("initramfs.cpio"),
         }

@@ -46,6 +46,10 @@ pub struct Process {
     pub terminal: bool,
     /// Its pid in the guest, as the agent told it; 0 until then.
     pub guest_pid: i32,
+    /// Its pid on the host: its stand-in's; 0 while it has none.
+    pub host_pid: u32,
+    /// The status that it ends with whatever the guest says, since its stand-in was killed.
+    pub killed: Option<u32>,
     /// Its streams, once there are any.
     pub streams: Option<Streams>,
     exit: watch::Sender<Option<Exit>>,
@@ -58,6 +62,8 @@ impl Process {
             state: State::Created,
             terminal,
             guest_pid: 0,
+            host_pid: 0,
+            killed: None,
             streams,
             exit: watch::Sender::new(None),
         }

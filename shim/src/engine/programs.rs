@@ -12,6 +12,8 @@ pub struct Programs {
     pub vmm: PathBuf,
     /// `husk-fsd`.
     pub fsd: PathBuf,
+    /// `husk-standin`.
+    pub standin: PathBuf,
     /// The guest kernel: an ELF `vmlinux`.
     pub kernel: PathBuf,
     /// The guest's initramfs.
@@ -34,16 +36,18 @@ impl Programs {
         };
         let vmm = named(VMM, "programs.vmm", &config.programs.vmm)?;
         let fsd = named(FSD, "programs.fsd", &config.programs.fsd)?;
+        let standin = named(STANDIN, "programs.standin", &config.programs.standin)?;
         let kernel = named(KERNEL, "guest.kernel", &config.guest.kernel)?;
         let initramfs = named(INITRAMFS, "guest.initramfs", &config.guest.initramfs)?;
-        match (vmm, fsd, kernel, initramfs) {
-            (Some(vmm), Some(fsd), Some(kernel), Some(initramfs)) => Ok(Self {
+        match (vmm, fsd, standin, kernel, initramfs) {
+            (Some(vmm), Some(fsd), Some(standin), Some(kernel), Some(initramfs)) => Ok(Self {
                 vmm,
                 fsd,
+                standin,
                 kernel,
                 initramfs,
             }),
-            (vmm, fsd, kernel, initramfs) => {
+            (vmm, fsd, standin, kernel, initramfs) => {
                 let prefix = Self::prefix()?;
                 let file = |given: Option<PathBuf>, what, below: &str| match given {
                     Some(given) => Ok(given),
@@ -52,6 +56,7 @@ impl Programs {
                 Ok(Self {
                     vmm: file(vmm, VMM, "libexec/husk/husk-vmm")?,
                     fsd: file(fsd, FSD, "libexec/husk/husk-fsd")?,
+                    standin: file(standin, STANDIN, "libexec/husk/husk-standin")?,
                     kernel: file(kernel, KERNEL, "lib/husk/vmlinux")?,
                     initramfs: file(initramfs, INITRAMFS, "lib/husk/initramfs.cpio")?,
                 })
@@ -72,6 +77,7 @@ impl Programs {
 
 const VMM: &str = "the machine's program";
 const FSD: &str = "the file server";
+const STANDIN: &str = "the stand-in";
 const KERNEL: &str = "the guest kernel";
 const INITRAMFS: &str = "the guest's initramfs";
 
@@ -99,6 +105,7 @@ mod tests {
         let mut config = Config::default();
         config.programs.vmm = file("v");
         config.programs.fsd = file("f");
+        config.programs.standin = file("s");
         config.guest.kernel = file("k");
         // A test's program is in no installation.
         let error = Programs::locate(&config).unwrap_err();

@@ -9,6 +9,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
+use super::hooks::Poststop;
 use crate::host::pid::Identity;
 
 /// Name of the record in the sandbox's directory.
@@ -31,6 +32,12 @@ pub struct Record {
     pub vmm: Option<Identity>,
     /// `husk-fsd`.
     pub fsd: Option<Identity>,
+    /// The stand-ins of the containers. Those of execs end with the engine, as these do; what is here is certain to.
+    #[serde(default)]
+    pub standins: Vec<Identity>,
+    /// What is still to be run for containers.
+    #[serde(default)]
+    pub poststop: Vec<Poststop>,
     /// Mount points outside of the sandbox's directory, in the order of mounting; one that was mounted on twice is
     /// here twice.
     pub mounts: Vec<PathBuf>,

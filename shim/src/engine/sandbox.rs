@@ -13,12 +13,16 @@ use tokio::{
 };
 
 use super::{
-    EngineError, Event, Exit, ProcessInfo, ProcessStatus, SandboxConfig, StartError, Stdio, lock,
-    places::Places, record::Record, spec, start, streams::Streams, table::Table, undo::Undo,
+    EngineError, Event, Exit, ProcessInfo, ProcessStatus, SandboxConfig, StartError, Stdio, hooks::Lives,
+    lock, places::Places, record::Record, spec, standins::StandIns, start, streams::Streams, table::Table,
+    undo::Undo,
 };
-use crate::guest::{
-    agent::{Agent, GuestInfo},
-    vm::Machine,
+use crate::{
+    guest::{
+        agent::{Agent, GuestInfo},
+        vm::Machine,
+    },
+    host::hooks::Phase,
 };
 
 /// How long the ends of execs are awaited after the end of the init process that they die with.
@@ -63,9 +67,11 @@ pub struct Sandbox {
 pub(super) struct Parts {
     pub dir: PathBuf,
     pub machine: Arc<Machine>,
-    pub agent: Agent,
+    pub agent: Arc<Agent>,
     pub table: Arc<Mutex<Table>>,
     pub record: Arc<Mutex<Record>>,
+    pub standins: Arc<StandIns>,
+    pub lives: Lives,
     pub undo: Mutex<Undo>,
     pub ended: watch::Receiver<Option<Ended>>,
     /// Set when the end is wanted.
@@ -99,9 +105,17 @@ impl Sandbox {
         lock(&self.parts.table)
     }
 
-    /// The VMM's pid on the host. It stands for every task.
+    /// The VMM's pid on the host.
     pub fn pid(&self) -> u32 {
         self.parts.machine.vmm().pid()
+    }
+
+    /// A process's pid on the host: its stand-in's. It keeps it when it has ended.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub fn host_pid(&self, container: &str, exec: Option<&str>) -> Result<u32, EngineError> {
+        self.table().host_pid(container, exec)
     }
 
     /// Waits until the guest is up.
@@ -162,7 +176,7 @@ impl Sandbox {
         ended.ok()?.ok()?.as_ref().map(Ended::to_error)
     }
 
-    /// Lets the init process exec.
+    /// Lets the init process exec, and runs the poststart hooks: when one fails the container is killed.
     ///
     /// # Errors
     /// `NotFound`; `FailedPrecondition` unless it is created; the failure of the command otherwise, and the container
@@ -172,9 +186,15 @@ impl Sandbox {
         let result = self.parts.agent.start_container(id).await;
         self.table()
             .finish_start(id, None, result.as_ref().map(|()| None));
-        match result {
+        if let Err(error) = result {
+            return Err(self.explain(error).await);
+        }
+        match self.run_hooks(id, Phase::Poststart).await {
             Ok(()) => Ok(()),
-            Err(error) => Err(self.explain(error).await),
+            Err(error) => {
+                self.kill_and_wait(id).await;
+                Err(error)
+            }
         }
     }
 
@@ -202,9 +222,19 @@ impl Sandbox {
     pub async fn start_exec(&self, container: &str, exec: &str) -> Result<(), EngineError> {
         let (json, stdio) = self.table().begin_exec(container, exec)?;
         let result = async {
-            let (streams, ports) = Streams::open(&self.parts.machine, stdio).await?;
+            let streams = Streams::open(&self.parts.machine, stdio);
+            let (streams, standin) = tokio::join!(streams, self.exec_stand_in(container, exec));
+            let (streams, ports) = streams?;
             self.table().set_streams(container, exec, streams);
-            self.parts.agent.exec_process(container, exec, json, ports).await
+            let pid = self
+                .parts
+                .agent
+                .exec_process(container, exec, json, ports)
+                .await?;
+            if let Some(standin) = standin {
+                self.attend(standin, container, Some(exec));
+            }
+            Ok(pid)
         }
         .await;
         self.table()
@@ -378,6 +408,7 @@ impl Sandbox {
         if let Err(error) = undone.await {
             tracing::error!(%error, "removing the sandbox failed");
         }
+        self.run_all_poststop().await;
     }
 }
 

@@ -1,24 +1,47 @@
 //! What the host needs to know of config.json. The agent gets the file itself.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use serde::Deserialize;
 
 use super::EngineError;
 use crate::host::{
+    hooks::Hooks,
     idmap::{IdMap, Range},
+    namespaces::{Kind, Wanted},
     volume::Volume,
 };
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Config {
+    #[serde(default)]
+    oci_version: String,
     process: Option<Process>,
     root: Option<Root>,
     #[serde(default)]
     mounts: Vec<Mount>,
     hooks: Option<Hooks>,
-    linux: Option<Mappings>,
+    #[serde(default)]
+    annotations: Option<BTreeMap<String, String>>,
+    linux: Option<Linux>,
+}
+
+#[derive(Default, Deserialize)]
+struct Linux {
+    namespaces: Option<Vec<Namespace>>,
+    #[serde(flatten)]
+    mappings: Mappings,
+}
+
+#[derive(Deserialize)]
+struct Namespace {
+    #[serde(rename = "type")]
+    kind: String,
+    path: Option<PathBuf>,
 }
 
 /// Of `linux` or of a mount. Ids of the container (of the file system) are those of the host (on the mount).
@@ -63,16 +86,6 @@ struct Mount {
     mappings: Mappings,
 }
 
-#[derive(Default, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
-struct Hooks {
-    prestart: Vec<serde::de::IgnoredAny>,
-    create_runtime: Vec<serde::de::IgnoredAny>,
-    create_container: Vec<serde::de::IgnoredAny>,
-    poststart: Vec<serde::de::IgnoredAny>,
-    poststop: Vec<serde::de::IgnoredAny>,
-}
-
 /// What the host does for a container.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Spec {
@@ -80,6 +93,14 @@ pub struct Spec {
     pub root: PathBuf,
     /// The bind mounts.
     pub volumes: Vec<Volume>,
+    /// The hooks that run on the host.
+    pub hooks: Hooks,
+    /// `linux.namespaces`.
+    pub namespaces: Vec<Wanted>,
+    /// The specification's version.
+    pub oci_version: String,
+    /// The annotations.
+    pub annotations: BTreeMap<String, String>,
 }
 
 impl Spec {
@@ -99,8 +120,18 @@ impl Spec {
         if root.path.as_os_str().is_empty() {
             return Err(invalid("config.json has an empty root.path"));
         }
-        check_hooks(&config.hooks.unwrap_or_default())?;
-        let linux = config.linux.unwrap_or_default();
+        let hooks = config.hooks.unwrap_or_default();
+        hooks.check().map_err(EngineError::InvalidSpec)?;
+        let Linux {
+            namespaces,
+            mappings: linux,
+        } = config.linux.unwrap_or_default();
+        let namespaces = namespaces
+            .unwrap_or_default()
+            .into_iter()
+            .enumerate()
+            .map(|(index, namespace)| namespace.into_wanted(index))
+            .collect::<Result<_, _>>()?;
         let volumes = config
             .mounts
             .into_iter()
@@ -111,6 +142,10 @@ impl Spec {
         Ok(Self {
             root: bundle.join(root.path),
             volumes,
+            hooks,
+            namespaces,
+            oci_version: config.oci_version,
+            annotations: config.annotations.unwrap_or_default(),
         })
     }
 }
@@ -140,17 +175,16 @@ fn check_process(process: &Process, terminal: bool, whose: &str) -> Result<(), E
     Ok(())
 }
 
-fn check_hooks(hooks: &Hooks) -> Result<(), EngineError> {
-    let all = [
-        ("prestart", &hooks.prestart),
-        ("createRuntime", &hooks.create_runtime),
-        ("createContainer", &hooks.create_container),
-        ("poststart", &hooks.poststart),
-        ("poststop", &hooks.poststop),
-    ];
-    match all.iter().find(|(_, hooks)| !hooks.is_empty()) {
-        Some((name, _)) => Err(invalid(&format!("hooks.{name} is not supported"))),
-        None => Ok(()),
+impl Namespace {
+    fn into_wanted(self, index: usize) -> Result<Wanted, EngineError> {
+        let Some(kind) = Kind::from_name(&self.kind) else {
+            return Err(invalid(&format!(
+                "linux.namespaces[{index}].type: there is no {:?} namespace",
+                self.kind
+            )));
+        };
+        let path = self.path.filter(|path| !path.as_os_str().is_empty());
+        Ok(Wanted { kind, path })
     }
 }
 
@@ -316,8 +350,12 @@ mod tests {
             (r#"{"process":{},"root":{"path":"r"}}"#, "process.args"),
             (r#"{"process":{"args":["sh"]}}"#, "no root"),
             (
-                r#"{"process":{"args":["sh"]},"root":{"path":"r"},"hooks":{"prestart":[{"path":"/x"}]}}"#,
-                "hooks.prestart",
+                r#"{"process":{"args":["sh"]},"root":{"path":"r"},"hooks":{"prestart":[{"path":"x"}]}}"#,
+                "hooks.prestart[0].path",
+            ),
+            (
+                r#"{"process":{"args":["sh"]},"root":{"path":"r"},"linux":{"namespaces":[{"type":"net"}]}}"#,
+                "linux.namespaces[0].type",
             ),
             (
                 r#"{"process":{"args":["sh"]},"root":{"path":"r"},"mounts":[{"type":"bind"}]}"#,

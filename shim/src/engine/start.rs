@@ -16,10 +16,12 @@ use tokio::{
 use super::{
     Event, Sandbox, SandboxConfig, StartError,
     cleanup::remove_leftovers,
+    hooks::Lives,
     lock,
     places::Places,
     record::{self, Record},
     sandbox::{EXEC_GRACE, Ended, Parts},
+    standins::StandIns,
     status::{self, Keeper, Status},
     table::{After, Table},
     undo::Undo,
@@ -157,7 +159,7 @@ pub(super) async fn start(
         }
     };
 
-    let table = Arc::new(Mutex::new(Table::new(events, machine.vmm().pid())));
+    let table = Arc::new(Mutex::new(Table::new(events)));
     let described = Status {
         vcpus: config.vcpus,
         memory_mib: config.memory_mib,
@@ -179,9 +181,11 @@ pub(super) async fn start(
     Ok(Arc::new(Sandbox::assemble(Parts {
         dir: path,
         machine,
-        agent,
+        agent: Arc::new(agent),
         table,
         record: Arc::new(Mutex::new(record)),
+        standins: Arc::new(StandIns::new(config.programs.standin)),
+        lives: Lives::default(),
         undo: Mutex::new(undo),
         ended,
         stopping,
@@ -225,10 +229,13 @@ async fn claim(config: &SandboxConfig, places: &Places) -> Result<StateDir, Star
             tracing::warn!(path = %path.display(), "removing what is left of an earlier sandbox");
             let old = path.clone();
             let removed = tokio::task::spawn_blocking(move || remove_leftovers(&old)).await;
-            removed
+            let poststop = removed
                 .map_err(io::Error::other)
                 .and_then(|result| result)
                 .map_err(failed)?;
+            for poststop in poststop {
+                poststop.run().await;
+            }
             Ok(dir)
         }
     }

@@ -23,7 +23,6 @@ pub const KILLED: u32 = 128 + libc::SIGKILL as u32;
 pub struct Table {
     containers: BTreeMap<String, Container>,
     events: UnboundedSender<Event>,
-    pid: u32,
     /// Why the machine is gone, once it is.
     ended: Option<String>,
     /// Told when what [`Table::describe`] says may have changed.
@@ -77,12 +76,11 @@ pub enum After {
 }
 
 impl Table {
-    /// An empty table. `pid` stands for every process on the host.
-    pub fn new(events: UnboundedSender<Event>, pid: u32) -> Self {
+    /// An empty table.
+    pub fn new(events: UnboundedSender<Event>) -> Self {
         Self {
             containers: BTreeMap::new(),
             events,
-            pid,
             ended: None,
             changed: Arc::new(Notify::new()),
         }
@@ -100,7 +98,7 @@ impl Table {
             .filter(|(_, container)| container.phase != Phase::Creating)
             .map(|(id, container)| ContainerStatus {
                 id: id.clone(),
-                pid: self.pid,
+                pid: container.init.host_pid,
                 status: match self.status(id, None) {
                     Ok(ProcessStatus::Created) => "created",
                     Ok(ProcessStatus::Running) => "running",
@@ -244,6 +242,36 @@ impl Table {
                 Some(exec) => Ok(&mut exec.process),
                 None => Err(not_found(id, Some(exec))),
             },
+        }
+    }
+
+    /// A process's pid on the host; 0 when it has none.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub fn host_pid(&self, id: &str, exec: Option<&str>) -> Result<u32, EngineError> {
+        Ok(self.process(id, exec)?.host_pid)
+    }
+
+    /// Gives a process its pid on the host, also while its container is being made.
+    pub fn set_host_pid(&mut self, id: &str, exec: Option<&str>, pid: u32) {
+        if let Some(process) = self.any_process(id, exec) {
+            process.host_pid = pid;
+        }
+    }
+
+    /// Marks that a process was killed on the host: it ends with `status`.
+    pub fn set_killed(&mut self, id: &str, exec: Option<&str>, status: u32) {
+        if let Some(process) = self.any_process(id, exec) {
+            process.killed = Some(status);
+        }
+    }
+
+    fn any_process(&mut self, id: &str, exec: Option<&str>) -> Option<&mut Process> {
+        let container = self.containers.get_mut(id)?;
+        match exec {
+            None => Some(&mut container.init),
+            Some(exec) => Some(&mut container.execs.get_mut(exec)?.process),
         }
     }
 
@@ -459,7 +487,13 @@ impl Table {
                 exec,
                 status,
             } => {
-                let exit = Exit { status, at };
+                let killed = self
+                    .any_process(&id, exec.as_deref())
+                    .and_then(|process| process.killed);
+                let exit = Exit {
+                    status: killed.unwrap_or(status),
+                    at,
+                };
                 // The init process of a container whose creation is being answered may end already.
                 let Some(container) = self.containers.get_mut(&id) else {
                     return After::Nothing;
@@ -571,13 +605,14 @@ impl Table {
     fn send_exit(&self, id: &str, exec: Option<&str>, exit: Exit) {
         self.changed.notify_one();
         let Exit { status, at } = exit;
+        let pid = self.host_pid(id, exec).unwrap_or(0);
         let exec = exec.map(str::to_owned);
         self.send(Event::Exited {
             container: id.to_owned(),
             exec,
             status,
             at,
-            pid: self.pid,
+            pid,
         });
     }
 

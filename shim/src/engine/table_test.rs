@@ -6,7 +6,7 @@ use super::*;
 /// A table with a running container `c`.
 fn running() -> (Table, UnboundedReceiver<Event>) {
     let (sender, events) = unbounded_channel();
-    let mut table = Table::new(sender, 42);
+    let mut table = Table::new(sender);
     make(&mut table, "c");
     table.begin_start("c").unwrap();
     table.finish_start("c", None, Ok(None));
@@ -18,10 +18,12 @@ fn make(table: &mut Table, id: &str) {
     table
         .commit(id, 1, Streams::none(), &mut Undo::default())
         .unwrap();
+    table.set_host_pid(id, None, 42);
 }
 
 fn run_exec(table: &mut Table, exec: &str) {
     table.add_exec("c", exec, vec![], Stdio::default()).unwrap();
+    table.set_host_pid("c", Some(exec), 43);
     table.begin_exec("c", exec).unwrap();
     table.finish_start("c", Some(exec), Ok(Some(2)));
 }
@@ -42,13 +44,7 @@ fn exited(exec: Option<&str>, status: u32) -> GuestEvent {
 fn ends(events: &mut UnboundedReceiver<Event>) -> Vec<(Option<String>, u32)> {
     let mut ends = Vec::new();
     while let Ok(event) = events.try_recv() {
-        if let Event::Exited {
-            exec,
-            status,
-            pid: 42,
-            ..
-        } = event
-        {
+        if let Event::Exited { exec, status, .. } = event {
             ends.push((exec, status));
         }
     }
@@ -69,6 +65,20 @@ fn the_init_process_ends_last() {
     assert!(table.add_exec("c", "late", vec![], Stdio::default()).is_err());
     assert_eq!(table.guest_event(exited(Some("e"), 137), now()), After::Nothing);
     assert_eq!(ends(&mut events), [end("e", 137), end("", 0)]);
+}
+
+#[test]
+fn an_end_is_told_with_the_pid_on_the_host_and_a_kill_there_decides_the_status() {
+    let (mut table, mut events) = running();
+    run_exec(&mut table, "e");
+    table.set_killed("c", None, 139);
+    table.guest_event(exited(Some("e"), 1), now());
+    table.guest_event(exited(None, 0), now());
+    let mut ends = Vec::new();
+    while let Ok(Event::Exited { status, pid, .. }) = events.try_recv() {
+        ends.push((pid, status));
+    }
+    assert_eq!(ends, [(43, 1), (42, 139)]);
 }
 
 #[test]
@@ -129,7 +139,7 @@ fn with_the_machine_all_end_once_and_in_order() {
 #[test]
 fn an_end_may_overtake_the_answer_to_the_start() {
     let (sender, mut events) = unbounded_channel();
-    let mut table = Table::new(sender, 42);
+    let mut table = Table::new(sender);
     make(&mut table, "c");
     table.begin_start("c").unwrap();
     table.guest_event(exited(None, 9), now());
@@ -185,7 +195,7 @@ fn states_allow_what_they_should() {
 #[test]
 fn a_start_that_fails_is_the_end_of_the_container() {
     let (sender, mut events) = unbounded_channel();
-    let mut table = Table::new(sender, 42);
+    let mut table = Table::new(sender);
     make(&mut table, "c");
     table.begin_start("c").unwrap();
     table.finish_start("c", None, Err(&EngineError::CommandNotExecutable("no".into())));
@@ -283,7 +293,7 @@ proptest! {
     #[test]
     fn whatever_the_guest_says_the_order_holds(steps in steps()) {
         let (sender, mut events) = unbounded_channel();
-        let mut table = Table::new(sender, 42);
+        let mut table = Table::new(sender);
         make(&mut table, "c");
         let end = table.watch("c", None).unwrap();
         for step in steps {

@@ -26,7 +26,7 @@ use tokio::{
 };
 
 use super::io::IoError;
-use crate::host::child::{Child, Program, Surroundings, spawn_in};
+use crate::host::child::{Child, End, Program, Surroundings, spawn_in};
 
 /// How long a program may take to be ready.
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
@@ -249,9 +249,7 @@ async fn is_ready(child: &Child, mut ready: Receiver) -> io::Result<()> {
     }
     // Closed: it is ready, or it has ended.
     match timeout(DEATH_TIMEOUT, child.ended()).await {
-        Ok(how) if how != "exited with code 0" => {
-            Err(io::Error::other(format!("it {how} before it was ready")))
-        }
+        Ok(how) if how != End::Exited(0) => Err(io::Error::other(format!("it {how} before it was ready"))),
         _ => Ok(()),
     }
 }

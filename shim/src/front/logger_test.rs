@@ -61,7 +61,7 @@ async fn a_program_gets_both_outputs_and_knows_whose_they_are() {
     let child = logger.child();
     drop(logger);
     loggers.ended(Duration::from_secs(20)).await;
-    assert_eq!(child.ended().await, "exited with code 0");
+    assert_eq!(child.ended().await.to_string(), "exited with code 0");
     let read = |name: &str| fs::read_to_string(dir.path().join(name)).unwrap();
     assert_eq!(
         (read("out").as_str(), read("err").as_str()),
@@ -131,7 +131,7 @@ async fn one_that_does_not_end_by_itself_is_told_to() {
     let child = logger.child();
     drop((inputs, logger));
     loggers.ended(Duration::from_millis(100)).await;
-    assert_eq!(child.ended().await, "exited with code 0");
+    assert_eq!(child.ended().await.to_string(), "exited with code 0");
     assert_eq!(fs::read_to_string(dir.path().join("told")).unwrap(), "told\n");
 }
 

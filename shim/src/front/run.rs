@@ -214,7 +214,8 @@ impl Foreground<'_> {
         };
         self.sandbox.create(request).await?;
         if let Some(path) = pid_file {
-            write_atomically(path, self.sandbox.pid().to_string().as_bytes())
+            let pid = self.sandbox.host_pid(self.id, None)?;
+            write_atomically(path, pid.to_string().as_bytes())
                 .map_err(|error| Failure::own(format!("cannot write {}: {error}", path.display())))?;
         }
         while let Ok(number) = signals.queue.try_recv() {

@@ -28,7 +28,7 @@ use super::{console::printable, paced::Paced, vm::Machine};
 use crate::{
     config::Timeouts,
     engine::{EngineError, ProcessInfo},
-    host::stdio::stream_pair,
+    host::{namespaces::Kind, stdio::stream_pair},
 };
 
 /// Highest exit status there is: 8 bits of exit code, or 128 and a signal's number.
@@ -171,7 +171,8 @@ impl Agent {
         self.lost.load(Ordering::Relaxed)
     }
 
-    /// Makes a container and its init process, stopped before its exec. Tells its pid in the guest.
+    /// Makes a container and its init process, stopped before its exec. It joins the namespaces `joined` of other
+    /// containers. Tells its pid in the guest.
     ///
     /// # Errors
     /// What was wrong with the request, or with the agent.
@@ -181,6 +182,7 @@ impl Agent {
         spec: Vec<u8>,
         ports: StdioPorts,
         volumes: impl IntoIterator<Item = (u32, u32)>,
+        joined: impl IntoIterator<Item = (Kind, String)>,
     ) -> Result<i32, EngineError> {
         check_length("config.json", &spec)?;
         let request = wire::CreateContainerRequest {
@@ -188,6 +190,10 @@ impl Agent {
             spec_json: spec,
             stdio: Some(stdio(ports)).into(),
             volumes: volumes.into_iter().collect(),
+            joined_namespaces: joined
+                .into_iter()
+                .map(|(kind, container)| (kind.name().to_owned(), container))
+                .collect(),
             ..Default::default()
         };
         let answer = self

@@ -29,7 +29,7 @@ use super::{
 use crate::{
     engine::Programs,
     host::{
-        child::{self, Child, Program},
+        child::{self, Child, End, Program},
         memory::guest_memory,
         ringlog::RingLog,
         seqpacket::Seqpacket,
@@ -354,7 +354,7 @@ impl Machine {
         };
         // When the VMM ends so does the file server, which has less to take down and may be seen first.
         match timeout(DYING, self.vmm.ended()).await {
-            Ok(vmm) if vmm.starts_with("was killed") => how = format!("husk-vmm {vmm}"),
+            Ok(vmm @ End::Killed(_)) => how = format!("husk-vmm {vmm}"),
             _ => {}
         }
         let _ = timeout(LAST_WORDS, async {

@@ -17,7 +17,7 @@ use std::{
 use nix::{
     fcntl::{FcntlArg, OFlag, fcntl},
     sys::{
-        signal::{SigSet, SigmaskHow, pthread_sigmask},
+        signal::{SigSet, SigmaskHow, Signal, pthread_sigmask},
         wait::{WaitStatus, waitpid},
     },
     unistd::Pid,
@@ -68,7 +68,28 @@ impl Default for Surroundings {
 pub struct Child {
     identity: Identity,
     pidfd: Arc<OwnedFd>,
-    ended: watch::Receiver<Option<String>>,
+    ended: watch::Receiver<Option<End>>,
+}
+
+/// How a child ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum End {
+    /// It exited with this code.
+    Exited(i32),
+    /// This signal killed it.
+    Killed(Signal),
+    /// It cannot be told.
+    Lost(String),
+}
+
+impl std::fmt::Display for End {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Exited(code) => write!(f, "exited with code {code}"),
+            Self::Killed(signal) => write!(f, "was killed by {}", signal.as_str()),
+            Self::Lost(why) => write!(f, "was lost ({why})"),
+        }
+    }
 }
 
 impl Child {
@@ -96,13 +117,15 @@ impl Child {
         }
     }
 
-    /// Waits for its end; tells how it ended, e.g. `was killed by SIGKILL`.
-    pub async fn ended(&self) -> String {
+    /// Waits for its end; tells how it ended.
+    pub async fn ended(&self) -> End {
         let mut ended = self.ended.clone();
-        match ended.wait_for(Option::is_some).await {
-            Ok(how) => how.clone().unwrap_or_default(),
-            Err(_) => "was lost".into(),
-        }
+        let ended = ended
+            .wait_for(Option::is_some)
+            .await
+            .ok()
+            .and_then(|how| how.clone());
+        ended.unwrap_or_else(|| End::Lost("its watcher is gone".into()))
     }
 }
 
@@ -239,10 +262,10 @@ fn run(plan: Plan, started: oneshot::Sender<io::Result<Child>>) {
     }
     let how = loop {
         match waitpid(Pid::from_raw(pid), None) {
-            Ok(WaitStatus::Exited(_, code)) => break format!("exited with code {code}"),
-            Ok(WaitStatus::Signaled(_, signal, _)) => break format!("was killed by {}", signal.as_str()),
+            Ok(WaitStatus::Exited(_, code)) => break End::Exited(code),
+            Ok(WaitStatus::Signaled(_, signal, _)) => break End::Killed(signal),
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
-            Err(error) => break format!("was lost ({error})"),
+            Err(error) => break End::Lost(error.to_string()),
         }
     };
     let _ = ended.send(Some(how));
@@ -351,7 +374,7 @@ mod tests {
             ["0", "1", "2", "3", "/"]
         );
         assert!(!text.contains("HOME="), "{text}");
-        assert_eq!(child.ended().await, "exited with code 0");
+        assert_eq!(child.ended().await, End::Exited(0));
     }
 
     #[tokio::test]
@@ -397,7 +420,7 @@ mod tests {
         .await
         .unwrap();
         child.kill();
-        assert_eq!(child.ended().await, "was killed by SIGKILL");
+        assert_eq!(child.ended().await.to_string(), "was killed by SIGKILL");
         assert!(child.identity().open().unwrap().is_none());
         child.kill();
     }

@@ -1,14 +1,17 @@
 //! One concept of the host each.
 
 pub mod child;
+pub mod hooks;
 pub mod idmap;
 pub mod memory;
 pub mod mount;
+pub mod namespaces;
 pub mod pid;
 pub mod ringlog;
 pub mod rootfs;
 pub mod seqpacket;
 pub mod share;
+pub mod standin;
 pub mod statedir;
 pub mod stdio;
 pub mod volume;

@@ -109,7 +109,9 @@ impl Pod {
             .create(request)
             .await
             .map_err(|error| status::engine(&error))?;
-        let pid = sandbox.pid();
+        let pid = sandbox
+            .host_pid(&config.id, None)
+            .map_err(|error| status::engine(&error))?;
         // For `delete`, should this process be gone by then.
         if let Err(error) = write_atomically(&directory.join("init.pid"), pid.to_string().as_bytes()) {
             tracing::warn!(%error, "the bundle's init.pid is not written");
@@ -262,7 +264,7 @@ impl Pod {
                 names,
                 logger: held.logger(),
                 held,
-                started: false,
+                pid: None,
             };
             task.execs.insert(exec.to_owned(), added);
             state.order.added(id, exec);

@@ -72,7 +72,7 @@ impl Pod {
                     container,
                     exec: None,
                 } => {
-                    let pid = state.pid(&container);
+                    let pid = state.pid(&container, None);
                     let event = TaskStart {
                         container_id: container,
                         pid,
@@ -84,7 +84,7 @@ impl Pod {
                     container,
                     exec: Some(exec_id),
                 } => {
-                    let pid = state.pid(&container);
+                    let pid = state.pid(&container, Some(&exec_id));
                     let event = TaskExecStarted {
                         container_id: container,
                         exec_id,
@@ -106,7 +106,7 @@ impl Pod {
                     exit,
                 } => {
                     let event = TaskExit {
-                        pid: state.pid(&container),
+                        pid: state.pid(&container, exec.as_deref()),
                         id: exec.unwrap_or_else(|| container.clone()),
                         container_id: container,
                         exit_status: exit.status,

@@ -25,9 +25,9 @@ impl Pod {
     /// # Errors
     /// `FAILED_PRECONDITION` unless it is created.
     pub async fn start(&self, id: &str, exec: Option<&str>) -> ttrpc::Result<u32> {
-        let (sandbox, pid) = {
+        let sandbox = {
             let mut state = self.lock();
-            let (sandbox, pid) = state.find(id, exec)?;
+            let (sandbox, _) = state.find(id, exec)?;
             if exec.is_some() && state.order.is_over(id, None) {
                 let text = format!("the init process of container {id} is not running");
                 return Err(answer(Code::FAILED_PRECONDITION, text));
@@ -36,16 +36,16 @@ impl Pod {
                 let text = format!("{} was started before", name(id, exec));
                 return Err(answer(Code::FAILED_PRECONDITION, text));
             }
-            (sandbox, pid)
+            sandbox
         };
         let started = match exec {
             None => sandbox.start_container(id).await,
             Some(exec) => sandbox.start_exec(id, exec).await,
         };
         let mut state = self.lock();
-        if let (Ok(()), Some(exec)) = (&started, exec) {
-            if let Some(exec) = state.tasks.get_mut(id).and_then(|task| task.execs.get_mut(exec)) {
-                exec.started = true;
+        if let (Ok(()), Some(name)) = (&started, exec) {
+            if let Some(added) = state.tasks.get_mut(id).and_then(|task| task.execs.get_mut(name)) {
+                added.pid = sandbox.host_pid(id, exec).ok();
             }
         }
         let mut announcements = match &started {
@@ -60,6 +60,7 @@ impl Pod {
             }
         }
         self.announce(&mut state, announcements);
+        let pid = state.pid(id, exec);
         started.map(|()| pid).map_err(|error| status::engine(&error))
     }
 

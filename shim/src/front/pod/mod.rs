@@ -106,7 +106,8 @@ struct Exec {
     names: Names,
     held: Held,
     logger: Option<Child>,
-    started: bool,
+    /// Once it was started.
+    pid: Option<u32>,
 }
 
 impl Pod {
@@ -155,16 +156,13 @@ impl Pod {
         let (sandbox, pid) = state.find(id, exec)?;
         let status = sandbox.status(id, exec).map_err(|error| status::engine(&error))?;
         let task = state.tasks.get(id).ok_or_else(|| not_found(id, None))?;
-        let (names, started) = match exec {
-            None => (&task.names, true),
-            Some(name) => {
-                let exec = task.execs.get(name).ok_or_else(|| not_found(id, exec))?;
-                (&exec.names, exec.started)
-            }
+        let names = match exec {
+            None => &task.names,
+            Some(name) => &task.execs.get(name).ok_or_else(|| not_found(id, exec))?.names,
         };
         Ok(View {
             bundle: task.bundle.clone(),
-            pid: if started { pid } else { 0 },
+            pid,
             names: names.clone(),
             status,
         })
@@ -250,11 +248,11 @@ impl Pod {
             let mut execs: Vec<_> = task
                 .execs
                 .iter()
-                .filter(|(name, exec)| exec.started && runs(Some(name)))
-                .map(|(n, _)| n)
+                .filter(|(name, _)| runs(Some(name)))
+                .filter_map(|(name, exec)| Some((exec.pid?, Some(name.clone()))))
                 .collect();
-            execs.sort();
-            processes.extend(execs.into_iter().map(|name| (pid, Some(name.clone()))));
+            execs.sort_by(|(_, one), (_, other)| one.cmp(other));
+            processes.extend(execs);
         }
         Ok(processes)
     }
@@ -331,8 +329,13 @@ impl State {
         self.tasks.is_empty() && self.creating.is_empty()
     }
 
-    fn pid(&self, id: &str) -> u32 {
-        self.tasks.get(id).map_or(0, |task| task.pid)
+    /// The pid of a process on the host; 0 for one that has none (any more).
+    fn pid(&self, id: &str, exec: Option<&str>) -> u32 {
+        let Some(task) = self.tasks.get(id) else { return 0 };
+        match exec {
+            None => task.pid,
+            Some(exec) => task.execs.get(exec).and_then(|exec| exec.pid).unwrap_or(0),
+        }
     }
 
     /// The sandbox and the pid of a process that is there.
@@ -342,7 +345,7 @@ impl State {
             return Err(not_found(id, exec));
         }
         let sandbox = self.sandbox.get().ok_or_else(|| not_found(id, None))?;
-        Ok((sandbox, task.pid))
+        Ok((sandbox, self.pid(id, exec)))
     }
 
     /// The logging program of a process.

@@ -231,10 +231,12 @@ async fn execs_end_before_their_container() {
         code(soon(pod.kill("c", Some("a"), 9, false)).await),
         Code::FAILED_PRECONDITION
     );
-    assert_eq!(soon(pod.start("c", Some("a"))).await.unwrap(), pid);
+    let exec_pid = soon(pod.start("c", Some("a"))).await.unwrap();
+    assert!(exec_pid != 0 && exec_pid != pid);
+    assert_eq!(pod.view("c", Some("a")).unwrap().pid, exec_pid);
     assert_eq!(
         pod.processes("c").unwrap(),
-        [(pid, None), (pid, Some("a".into()))]
+        [(pid, None), (exec_pid, Some("a".into()))]
     );
     assert_eq!(
         code(soon(pod.delete("c", Some("a"))).await),
@@ -338,7 +340,7 @@ async fn a_pause_and_a_resume_are_told_in_order() {
     assert_eq!(code(soon(pod.pause("c")).await), Code::FAILED_PRECONDITION);
     soon(pod.start("c", None)).await.unwrap();
     theatre.exec("c", "e", PROCESS).await.unwrap();
-    soon(pod.start("c", Some("e"))).await.unwrap();
+    let exec_pid = soon(pod.start("c", Some("e"))).await.unwrap();
     assert_eq!(code(soon(pod.resume("c")).await), Code::FAILED_PRECONDITION);
     soon(pod.pause("c")).await.unwrap();
     assert_eq!(code(soon(pod.pause("c")).await), Code::FAILED_PRECONDITION);
@@ -348,7 +350,7 @@ async fn a_pause_and_a_resume_are_told_in_order() {
     assert_eq!(pod.pid_of("c"), Some(pid));
     assert_eq!(
         pod.processes("c").unwrap(),
-        [(pid, None), (pid, Some("e".into()))]
+        [(pid, None), (exec_pid, Some("e".into()))]
     );
     assert_eq!(
         code(theatre.exec("c", "f", PROCESS).await),
