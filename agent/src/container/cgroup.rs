@@ -137,6 +137,11 @@ impl Cgroup {
         self.memory_event("oom_kill")
     }
 
+    /// Whether a process in it could not go on for lack of memory, or was killed for it.
+    pub fn was_out_of_memory(&self) -> bool {
+        self.memory_event("oom") > 0 || self.oom_kills() > 0
+    }
+
     fn memory_event(&self, name: &str) -> u64 {
         // Without the memory controller there is no such file, and nothing to report.
         fs::read_to_string(self.path.join("memory.events")).map_or(0, |text| counter(&text, name))
@@ -148,7 +153,7 @@ impl Cgroup {
             return std::future::pending().await;
         };
         // It can have happened before the watch began.
-        while self.memory_event("oom") == 0 {
+        while !self.was_out_of_memory() {
             if events.changed().await.is_err() {
                 return std::future::pending().await;
             }

@@ -48,7 +48,11 @@ impl Cgroup {
     }
 
     fn set_one(&self, setting: &Setting, undo: &mut Undo) -> io::Result<()> {
-        let before = fs::read_to_string(self.path().join(&setting.file));
+        let mut before = fs::read_to_string(self.path().join(&setting.file));
+        if setting.file.starts_with("cpuset.") && matches!(&before, Ok(text) if text.trim().is_empty()) {
+            // None of its own, which the kernel does not let a cgroup with processes come back to.
+            before = fs::read_to_string(self.path().join(format!("{}.effective", setting.file)));
+        }
         if setting.optional && matches!(&before, Err(error) if error.kind() == io::ErrorKind::NotFound) {
             return Ok(());
         }
@@ -151,8 +155,8 @@ mod tests {
     #[test]
     fn a_file_is_brought_back_by_writing_what_it_held() {
         assert_eq!(restore("memory.max", "max\n", "4096"), ["max"]);
-        assert_eq!(restore("cpuset.cpus", "", "0-1"), ["\n"]);
-        assert_eq!(restore("cpuset.cpus", "\n", "0-1"), ["\n"]);
+        assert_eq!(restore("cpuset.cpus", "0\n", "0-1"), ["0"]);
+        assert_eq!(restore("cpuset.cpus.exclusive", "\n", "0-1"), ["\n"]);
     }
 
     #[test]

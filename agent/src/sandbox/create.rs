@@ -65,7 +65,7 @@ impl Sandbox {
         };
         let prepared = match prepared {
             // Who was killed cannot say why.
-            Err(_) if cgroup.oom_kills() > 0 => Err(too_little_memory(&plan)),
+            Err(_) if cgroup.was_out_of_memory() => Err(too_little_memory(&plan)),
             prepared => prepared,
         };
         let prepared = prepared.and_then(|(master, streams)| copy(master, pipes, streams));

@@ -67,7 +67,7 @@ pub(super) async fn ready(channel: &Channel) -> Result<Option<OwnedFd>, Fault> {
         Report::Fault(fault) => Err(fault),
         Report::Closed => Err(Fault {
             kind: crate::fault::Kind::System,
-            message: "the process was killed before its exec (out of memory?)".into(),
+            message: "the process was killed before its exec".into(),
         }),
     }
 }

@@ -45,6 +45,14 @@ fn parse_list(text: &str) -> Option<Vec<(u32, u32)>> {
     ranges.collect()
 }
 
+fn write_list(ranges: &[(u32, u32)]) -> String {
+    let ranges: Vec<_> = ranges
+        .iter()
+        .map(|(first, last)| format!("{first}-{last}"))
+        .collect();
+    ranges.join(",")
+}
+
 /// Whether all in `ranges` are in `present`, which is in the kernel's form: what is next to each other is one range.
 fn all_present(ranges: &[(u32, u32)], present: &[(u32, u32)]) -> bool {
     ranges.iter().all(|(first, last)| {
@@ -117,8 +125,12 @@ impl Plan {
                 let Some(ranges) = parse_list(list) else {
                     return refuse(field, format_args!("{list:?} is no list of numbers"));
                 };
-                let value = if all_present(&ranges, present) { list } else { "" };
-                self.set(field, file, value.to_owned());
+                let value = if all_present(&ranges, present) {
+                    list.to_owned()
+                } else {
+                    write_list(present)
+                };
+                self.set(field, file, value);
             }
         }
         Ok(())
@@ -212,9 +224,9 @@ mod tests {
             ("0", "0"),
             ("0-1", "0-1"),
             ("1,0", "1,0"),
-            ("2-3", ""),
-            ("0,2", ""),
-            ("0-4294967295", ""),
+            ("2-3", "0-1"),
+            ("0,2", "0-1"),
+            ("0-4294967295", "0-1"),
         ] {
             assert_eq!(
                 settings(&format!(r#"{{"cpu":{{"cpus":"{cpus}"}}}}"#)).unwrap(),
@@ -223,7 +235,7 @@ mod tests {
         }
         assert_eq!(
             settings(r#"{"cpu":{"cpus":"","mems":"1"}}"#).unwrap(),
-            pairs(&[("cpuset.mems", "")])
+            pairs(&[("cpuset.mems", "0-0")])
         );
     }
 

@@ -2,7 +2,7 @@
 //!
 //! What cgroup v2 has no equivalent for is refused, even where runc passes over it. `cpu.cpus` and `cpu.mems` are numbers
 //! of the *host's* processors and memory nodes. Where the guest has all that are named, the container is held to these; if
-//! not, to none in particular: it is the host that holds the whole machine to its own processors.
+//! not, to all that the guest has: it is the host that holds the whole machine to its own processors.
 
 mod cpu;
 mod io;
