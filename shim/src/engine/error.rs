@@ -61,20 +61,24 @@ pub enum EngineError {
     #[error("in the guest: {0}")]
     Guest(String),
     /// The agent did not answer in time.
-    #[error("the guest's agent did not answer {call} within {} s", after.as_secs())]
+    #[error("the guest's agent did not answer {call} within {} s{}", after.as_secs(), last_words(console_tail))]
     Deadline {
         /// The call.
         call: &'static str,
         /// The time it was given.
         after: Duration,
+        /// The last lines of the guest's console.
+        console_tail: String,
     },
     /// The agent answered nonsense, or the connection broke.
-    #[error("the guest's agent failed at {call}: {message}")]
+    #[error("the guest's agent failed at {call}: {message}{}", last_words(console_tail))]
     Agent {
         /// The call.
         call: &'static str,
         /// What came back, cut to a bounded length.
         message: String,
+        /// The last lines of the guest's console, where the agent cannot be relied on any more.
+        console_tail: String,
     },
     /// The sandbox has ended.
     #[error("the sandbox has ended: {0}")]
@@ -88,6 +92,15 @@ pub enum EngineError {
         #[source]
         source: io::Error,
     },
+}
+
+/// The end of a message about a guest: the last lines of its console, where its kernel and its agent say what befell
+/// them. They are text that is safe to show.
+pub fn last_words(console_tail: &str) -> String {
+    match console_tail.trim_end() {
+        "" => String::new(),
+        lines => format!("; the guest's console ends with:\n{lines}"),
+    }
 }
 
 impl EngineError {

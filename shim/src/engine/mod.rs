@@ -34,7 +34,7 @@ use std::{
 };
 
 pub use cleanup::cleanup;
-pub use error::{CleanupError, EngineError, LocateError, StartError};
+pub use error::{CleanupError, EngineError, LocateError, StartError, last_words};
 pub use programs::Programs;
 pub use sandbox::Sandbox;
 pub use status::{ContainerStatus, Seen, Status, sandboxes};

@@ -13,9 +13,9 @@ use tokio::{
 };
 
 use super::{
-    EngineError, Event, Exit, ProcessInfo, ProcessStatus, SandboxConfig, StartError, Stdio, hooks::Lives,
-    lock, places::Places, record::Record, spec, standins::StandIns, start, streams::Streams, table::Table,
-    undo::Undo,
+    EngineError, Event, Exit, ProcessInfo, ProcessStatus, SandboxConfig, StartError, Stdio,
+    error::last_words, hooks::Lives, lock, places::Places, record::Record, spec, standins::StandIns, start,
+    streams::Streams, table::Table, undo::Undo,
 };
 use crate::{
     guest::{
@@ -45,12 +45,7 @@ pub(super) struct Ended {
 impl Ended {
     fn to_error(&self) -> EngineError {
         let Self { reason, console_tail } = self;
-        if console_tail.is_empty() {
-            return EngineError::SandboxEnded(reason.clone());
-        }
-        EngineError::SandboxEnded(format!(
-            "{reason}; the guest's console ends with:\n{console_tail}"
-        ))
+        EngineError::SandboxEnded(format!("{reason}{}", last_words(console_tail)))
     }
 }
 
@@ -136,9 +131,10 @@ impl Sandbox {
         };
         // With that the sandbox ends, if its end is not the cause.
         let ended = self.end_within(EXPLANATION * 2).await;
-        Err(ended.unwrap_or(EngineError::Agent {
+        Err(ended.unwrap_or_else(|| EngineError::Agent {
             call: "Setup",
             message,
+            console_tail: self.parts.machine.console_tail(),
         }))
     }
 
@@ -158,8 +154,9 @@ impl Sandbox {
         self.parts.machine.console().tail(crate::guest::console::KEPT)
     }
 
-    /// The better error, if the machine's end is behind one of the agent's or of the host's.
-    pub(super) async fn explain(&self, error: EngineError) -> EngineError {
+    /// The better error, if the machine's end is behind one of the agent's or of the host's; else the same, with what
+    /// the guest said last where the agent is not to be relied on.
+    pub(super) async fn explain(&self, mut error: EngineError) -> EngineError {
         let lost = match &error {
             EngineError::Agent { .. } => self.parts.agent.is_lost(),
             EngineError::Deadline { .. } => true,
@@ -167,7 +164,15 @@ impl Sandbox {
             _ => false,
         };
         let patience = if lost { EXPLANATION } else { Duration::ZERO };
-        self.end_within(patience).await.unwrap_or(error)
+        if let Some(ended) = self.end_within(patience).await {
+            return ended;
+        }
+        if let EngineError::Agent { console_tail, .. } | EngineError::Deadline { console_tail, .. } =
+            &mut error
+        {
+            *console_tail = self.parts.machine.console_tail();
+        }
+        error
     }
 
     async fn end_within(&self, patience: Duration) -> Option<EngineError> {

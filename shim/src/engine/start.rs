@@ -295,8 +295,12 @@ impl Watcher {
         } else {
             reason
         };
-        tracing::info!(reason, "the sandbox has ended");
         let console_tail = machine.console_tail();
+        if self.stopping.initialized() {
+            tracing::info!(reason, "the sandbox has ended");
+        } else {
+            tracing::error!(reason, console = console_tail, "the sandbox has ended by itself");
+        }
         {
             let mut table = lock(&self.table);
             table.machine_ended(&reason, SystemTime::now());

@@ -27,7 +27,7 @@ use super::{
 };
 use crate::config::Source;
 use crate::engine::{
-    CreateContainer, EngineError, Event, Exit, LocateError, Programs, Sandbox, StartError, Stdio,
+    CreateContainer, EngineError, Event, Exit, LocateError, Programs, Sandbox, StartError, Stdio, last_words,
 };
 
 /// The namespace of the command's sandboxes.
@@ -164,9 +164,9 @@ async fn crash(reports: &mut mpsc::UnboundedReceiver<Event>) -> Option<String> {
     let report = async {
         loop {
             if let Event::SandboxEnded { reason, console_tail } = reports.recv().await? {
-                return Some(with_console(
-                    format!("the sandbox has ended: {reason}"),
-                    &console_tail,
+                return Some(format!(
+                    "the sandbox has ended: {reason}{}",
+                    last_words(&console_tail)
                 ));
             }
         }
@@ -177,16 +177,11 @@ async fn crash(reports: &mut mpsc::UnboundedReceiver<Event>) -> Option<String> {
 fn not_started(id: &str, error: &StartError) -> Failure {
     Failure::own(match error {
         StartError::AlreadyExists(_) => format!("container {id} already exists"),
-        StartError::Guest { console_tail, .. } => with_console(chain(error), console_tail),
+        StartError::Guest { console_tail, .. } => {
+            format!("{}{}", chain(error), last_words(console_tail))
+        }
         error => chain(error),
     })
-}
-
-fn with_console(message: String, console: &str) -> String {
-    if console.trim().is_empty() {
-        return message;
-    }
-    format!("{message}\nThe guest's console:\n{}", console.trim_end())
 }
 
 struct Foreground<'a> {

@@ -4,7 +4,7 @@ use ttrpc::{Code, error::get_rpc_status};
 
 use super::{bundle::BundleError, io::IoError, settings::SettingsError};
 use crate::config::ConfigError;
-use crate::engine::{EngineError, StartError};
+use crate::engine::{EngineError, StartError, last_words};
 
 /// An error with its causes, in one line: `what: why: why`.
 pub fn chain(error: &dyn std::error::Error) -> String {
@@ -60,10 +60,7 @@ pub fn start(error: &StartError) -> ttrpc::Error {
     };
     let mut text = chain(error);
     if let StartError::Guest { console_tail, .. } = error {
-        if !console_tail.is_empty() {
-            text.push_str("; the guest's console ends with:\n");
-            text.push_str(console_tail.trim_end());
-        }
+        text.push_str(&last_words(console_tail));
     }
     answer(code, text)
 }

@@ -364,10 +364,8 @@ impl Agent {
             .map(|(name, text)| name.len() + text.len())
             .sum();
         if length > MAX_STATS_LEN {
-            return Err(EngineError::Agent {
-                call: CALL,
-                message: format!("it sent {length} bytes; at most {MAX_STATS_LEN} are allowed"),
-            });
+            let message = format!("it sent {length} bytes; at most {MAX_STATS_LEN} are allowed");
+            return Err(unreliable(CALL, message));
         }
         Ok(answer.files.into_iter().collect())
     }
@@ -385,10 +383,7 @@ impl Agent {
         let answer = self
             .call(CALL, self.client.list_processes(context(), &request))
             .await?;
-        let nonsense = |message: &str| EngineError::Agent {
-            call: CALL,
-            message: message.to_owned(),
-        };
+        let nonsense = |message: &str| unreliable(CALL, message.to_owned());
         if answer.processes.len() > MAX_PROCESSES {
             return Err(nonsense("more processes than there can be"));
         }
@@ -462,6 +457,7 @@ impl Agent {
             Err(_) => Err(EngineError::Deadline {
                 call,
                 after: now.elapsed(),
+                console_tail: String::new(),
             }),
         }
     }
@@ -519,10 +515,16 @@ fn pid(call: &'static str, pid: i32) -> Result<i32, EngineError> {
     if pid > 0 {
         return Ok(pid);
     }
-    Err(EngineError::Agent {
+    Err(unreliable(call, "it told no pid".into()))
+}
+
+/// The error when the agent cannot be relied on.
+fn unreliable(call: &'static str, message: String) -> EngineError {
+    EngineError::Agent {
         call,
-        message: "it told no pid".into(),
-    })
+        message,
+        console_tail: String::new(),
+    }
 }
 
 /// The error in a call that was refused.
@@ -534,9 +536,9 @@ fn refused(call: &'static str, error: &ttrpc::Error) -> EngineError {
             Ok(Code::ALREADY_EXISTS) => EngineError::AlreadyExists(message),
             Ok(Code::FAILED_PRECONDITION) => EngineError::FailedPrecondition(message),
             Ok(Code::INVALID_ARGUMENT) => EngineError::InvalidArgument(message),
-            _ => EngineError::Agent { call, message },
+            _ => unreliable(call, message),
         },
-        _ => EngineError::Agent { call, message },
+        _ => unreliable(call, message),
     }
 }
 

@@ -34,14 +34,8 @@ impl Pod {
                     at,
                     ..
                 } => self.exited(&container, exec.as_deref(), Exit { status, at }),
-                Event::SandboxEnded { reason, console_tail } => {
-                    // The engine's log has the reason.
-                    tracing::debug!(
-                        reason,
-                        console = console_tail,
-                        "no container of the pod runs any more"
-                    );
-                }
+                // The engine's log has the reason.
+                Event::SandboxEnded { .. } => {}
             }
             self.handled.send_modify(|n| *n = n.wrapping_add(1));
         }
