@@ -100,6 +100,15 @@ fn each_option_changes_something_of_its_own() {
 }
 
 #[test]
+fn whole_numbers_may_be_written_as_json_has_them() {
+    let config = Config::parse("[machine]\nvcpus = 8.0\nmemory_mib = 0x200", "f").unwrap();
+    assert_eq!((config.machine.vcpus, config.machine.memory_mib), (Some(8), 512));
+    for bad in ["8.5", "8e0", "inf", "-8.0", "true"] {
+        fault(&format!("machine.vcpus = {bad}"));
+    }
+}
+
+#[test]
 fn an_unknown_option_is_named_with_its_line() {
     let text = "[machine]\nvcpus = 2\nmemory = 12\n";
     let told = fault(text);

@@ -76,10 +76,16 @@ const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
 fn integer<T: TryFrom<u64>>(value: &DeValue<'_>, range: RangeInclusive<u64>) -> Result<T, String> {
     let (start, end) = (range.start(), range.end());
     let wanted = format!("must be a whole number from {start} to {end}");
-    let DeValue::Integer(integer) = value else {
-        return Err(wanted);
+    let number = match value {
+        DeValue::Integer(integer) => u64::from_str_radix(integer.as_str(), integer.radix()).ok(),
+        // Docker's daemon.json has no other numbers: what it hands over as `8` arrives as `8.0`.
+        DeValue::Float(float) => float
+            .as_str()
+            .split_once('.')
+            .filter(|(_, fraction)| fraction.bytes().all(|digit| digit == b'0'))
+            .and_then(|(whole, _)| whole.parse().ok()),
+        _ => None,
     };
-    let number = u64::from_str_radix(integer.as_str(), integer.radix()).ok();
     number
         .filter(|number| range.contains(number))
         .and_then(|number| T::try_from(number).ok())

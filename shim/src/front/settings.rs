@@ -20,6 +20,8 @@ pub struct Settings {
     pub config: Arc<Config>,
     /// What the annotations ask for.
     pub wishes: Wishes,
+    /// The spec's cgroup path is one of systemd's: `slice:prefix:name`.
+    pub systemd_cgroup: bool,
     host: Host,
 }
 
@@ -43,7 +45,12 @@ impl Settings {
         let config = Arc::new(options.config.load()?);
         let host = Host::this();
         let wishes = wishes(outline, &config, host)?;
-        Ok(Self { config, wishes, host })
+        Ok(Self {
+            config,
+            wishes,
+            systemd_cgroup: options.systemd_cgroup,
+            host,
+        })
     }
 
     /// Whether a further container may join the sandbox.
