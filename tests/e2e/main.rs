@@ -12,6 +12,7 @@ mod containerd;
 mod crash;
 mod foreground;
 mod host;
+mod operator;
 mod programs;
 mod shim;
 mod streams;
