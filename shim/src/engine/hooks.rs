@@ -38,6 +38,7 @@ impl Poststop {
             &self.hooks,
             Phase::Poststop,
             &self.state,
+            &[],
             limit,
             std::future::pending(),
         );
@@ -92,7 +93,15 @@ impl Sandbox {
         let ended = async {
             self.ended().await;
         };
-        let done = hooks::run(life.hooks.of(phase), phase, &life.state, None, ended).await;
+        let join = match phase {
+            Phase::CreateContainer => self.parts.standins.namespaces(id),
+            _ => Ok(Vec::new()),
+        };
+        let join = join.map_err(|source| EngineError::Host {
+            what: format!("cannot run the hooks of container {id}"),
+            source,
+        })?;
+        let done = hooks::run(life.hooks.of(phase), phase, &life.state, &join, None, ended).await;
         match done {
             Ok(()) => Ok(()),
             Err(error) => {
@@ -125,7 +134,7 @@ impl Sandbox {
             POSTSTOP
         };
         // What fails at this phase is in the log.
-        let _ = hooks::run(hooks, Phase::Poststop, state, Some(limit), std::future::pending()).await;
+        let _ = hooks::run(hooks, Phase::Poststop, state, &[], Some(limit), std::future::pending()).await;
         let done = |record: &mut super::record::Record| record.poststop.retain(|known| known.state != *state);
         if let Err(error) = update(&self.parts.record, done, &self.parts.dir) {
             tracing::warn!(%error, container = id, "the record still has its poststop hooks");

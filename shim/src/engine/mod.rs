@@ -22,6 +22,8 @@ mod undo;
 mod player_test;
 #[cfg(test)]
 mod sandbox_test;
+#[cfg(test)]
+mod standins_test;
 
 #[cfg(test)]
 pub(crate) use player_test::{Character, Player};

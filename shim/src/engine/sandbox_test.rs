@@ -20,14 +20,14 @@ use crate::host::{pid::Identity, rootfs::Mount};
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A host of its own for a test. What a sandbox leaves on it is found when it is dropped.
-struct Stage {
-    dir: TempDir,
-    places: Places,
-    player: Player,
+pub(super) struct Stage {
+    pub dir: TempDir,
+    pub places: Places,
+    pub player: Player,
 }
 
 impl Stage {
-    fn new(character: Character) -> Self {
+    pub fn new(character: Character) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let player = Player::new(dir.path(), character);
         let places = Places {
@@ -57,7 +57,7 @@ impl Stage {
         }
     }
 
-    async fn start(&self) -> (Arc<Sandbox>, UnboundedReceiver<Event>) {
+    pub async fn start(&self) -> (Arc<Sandbox>, UnboundedReceiver<Event>) {
         let (sender, events) = unbounded_channel();
         (self.start_with(sender).await.unwrap(), events)
     }
@@ -68,7 +68,7 @@ impl Stage {
         start(self.config("s"), sender, self.places.clone()).await
     }
 
-    fn request(&self, id: &str, command: &str, stdio: Stdio) -> CreateContainer {
+    pub fn request(&self, id: &str, command: &str, stdio: Stdio) -> CreateContainer {
         let volume = self.dir.path().join("volume");
         let spec = serde_json::json!({
             "process": {"args": [command]},
@@ -102,7 +102,7 @@ impl Stage {
     }
 
     /// No mount, no directory, no process.
-    fn assert_nothing_is_left(&self) {
+    pub fn assert_nothing_is_left(&self) {
         assert_eq!(self.mounts(), [] as [&str; 0]);
         let run = self.dir.path().join("run");
         if run.exists() {
@@ -123,12 +123,12 @@ impl Stage {
 use std::sync::Arc;
 use tokio::sync::mpsc::UnboundedSender;
 
-async fn soon<T>(future: impl Future<Output = T>) -> T {
+pub(super) async fn soon<T>(future: impl Future<Output = T>) -> T {
     timeout(PATIENCE, future).await.unwrap()
 }
 
 /// The events until the sandbox's end: `container/exec:status`.
-async fn story(events: &mut UnboundedReceiver<Event>) -> Vec<String> {
+pub(super) async fn story(events: &mut UnboundedReceiver<Event>) -> Vec<String> {
     let mut story = Vec::new();
     loop {
         match soon(events.recv()).await.unwrap() {

@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     io,
+    os::fd::OwnedFd,
     path::PathBuf,
     sync::{Arc, Mutex},
     time::Duration,
@@ -70,6 +71,20 @@ impl StandIns {
     /// The network namespace of the sandbox, once it has a container.
     pub fn network(&self) -> io::Result<Option<Namespace>> {
         lock(&self.network).as_ref().map(Namespace::try_clone).transpose()
+    }
+
+    /// The namespaces of a container's stand-in that are not this process's by nature.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn namespaces(&self, container: &str) -> io::Result<Vec<OwnedFd>> {
+        let standin = self
+            .of(container)
+            .ok_or_else(|| io::Error::other("it has no stand-in"))?;
+        [Kind::Network, Kind::Ipc, Kind::Uts]
+            .into_iter()
+            .map(|kind| standin.namespace(kind).map(|namespace| namespace.fd))
+            .collect()
     }
 
     fn of(&self, container: &str) -> Option<Arc<StandIn>> {
@@ -165,12 +180,8 @@ impl Sandbox {
         let first = standins.of(container)?;
         self.table().set_host_pid(container, Some(exec), first.pid());
         let started = async {
-            let join = [Kind::Network, Kind::Ipc, Kind::Uts]
-                .into_iter()
-                .map(|kind| first.namespace(kind).map(|namespace| namespace.fd))
-                .collect::<io::Result<_>>()?;
             let plan = Plan {
-                join,
+                join: standins.namespaces(container)?,
                 ..Plan::default()
             };
             let started = standins.start(container, Some(exec), plan).await;

@@ -6,7 +6,10 @@ use std::{
     fs::File,
     future::Future,
     io,
-    os::{fd::OwnedFd, unix::ffi::OsStrExt},
+    os::{
+        fd::{AsRawFd, OwnedFd, RawFd},
+        unix::ffi::OsStrExt,
+    },
     path::{Path, PathBuf},
     process::{ExitStatus, Stdio},
     sync::{Arc, Mutex, PoisonError},
@@ -62,7 +65,7 @@ pub enum Phase {
     Prestart,
     /// Right after those.
     CreateRuntime,
-    /// With its root file system and volumes there as well.
+    /// With its root file system and volumes there as well; in the namespaces that stand for the container's.
     CreateContainer,
     /// When its process was started.
     Poststart,
@@ -230,8 +233,8 @@ fn said(output: &str) -> String {
     }
 }
 
-/// Runs the hooks of a phase, one after the other, until `cancel` is ready. A hook without a timeout of its own has
-/// `limit`.
+/// Runs the hooks of a phase, one after the other, in the namespaces `join` and otherwise this process's, until `cancel`
+/// is ready. A hook without a timeout of its own has `limit`.
 ///
 /// # Errors
 /// The first hook that failed; those after it are not run. Only at [`Phase::Poststop`] the rest are, and failures are
@@ -240,6 +243,7 @@ pub async fn run(
     hooks: &[Hook],
     phase: Phase,
     state: &State,
+    join: &[OwnedFd],
     limit: Option<Duration>,
     cancel: impl Future<Output = ()>,
 ) -> Result<(), HookError> {
@@ -249,7 +253,7 @@ pub async fn run(
         tracing::debug!(container = state.id, "running {name}");
         let done = tokio::select! {
             biased;
-            done = run_one(hook, &name, phase, state, limit) => done,
+            done = run_one(hook, &name, phase, state, join, limit) => done,
             () = &mut cancel => Err(HookError::Cancelled { hook: name }),
         };
         match done {
@@ -268,6 +272,7 @@ async fn run_one(
     name: &str,
     phase: Phase,
     state: &State,
+    join: &[OwnedFd],
     limit: Option<Duration>,
 ) -> Result<(), HookError> {
     let execute = |source| HookError::Execute {
@@ -276,7 +281,7 @@ async fn run_one(
     };
     let text = state.encode(phase).map_err(execute)?;
     let (output, theirs) = nix::unistd::pipe2(OFlag::O_CLOEXEC).map_err(|errno| execute(errno.into()))?;
-    let mut process = start(hook, &state.bundle, theirs).map_err(execute)?;
+    let mut process = start(hook, &state.bundle, join, theirs).map_err(execute)?;
     let group = Group(process.id());
     let tail = Tail::follow(output).map_err(execute)?;
     let input = process.stdin.take();
@@ -318,7 +323,13 @@ async fn run_one(
 }
 
 /// Starts a hook in the bundle's directory, in a process group of its own, to be killed when this process dies.
-fn start(hook: &Hook, bundle: &Path, output: OwnedFd) -> io::Result<tokio::process::Child> {
+fn start(
+    hook: &Hook,
+    bundle: &Path,
+    join: &[OwnedFd],
+    output: OwnedFd,
+) -> io::Result<tokio::process::Child> {
+    let join: Vec<RawFd> = join.iter().map(AsRawFd::as_raw_fd).collect();
     let image = Image::new(hook)?;
     let mut command = Command::new(&hook.path);
     command
@@ -328,10 +339,16 @@ fn start(hook: &Hook, bundle: &Path, output: OwnedFd) -> io::Result<tokio::proce
         .stdin(Stdio::piped())
         .stdout(output.try_clone()?)
         .stderr(output);
-    // SAFETY: prctl and execve are async-signal-safe; all memory was made before the fork.
+    // SAFETY: prctl, setns and execve are async-signal-safe; all memory was made before the fork, and the descriptors
+    // are open until the hook has been started.
     unsafe {
         command.pre_exec(move || {
             libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            for fd in &join {
+                if libc::setns(*fd, 0) != 0 {
+                    return Err(io::Error::last_os_error());
+                }
+            }
             Err(image.execute())
         });
     }
@@ -493,7 +510,7 @@ mod tests {
 
         async fn run(&self, hooks: &[Hook], phase: Phase) -> Result<(), String> {
             let state = self.state();
-            let done = run(hooks, phase, &state, None, std::future::pending());
+            let done = run(hooks, phase, &state, &[], None, std::future::pending());
             let done = timeout(Duration::from_secs(30), done).await.unwrap();
             done.map_err(|error| error.to_string())
         }
@@ -576,6 +593,7 @@ mod tests {
             &[hook],
             Phase::Prestart,
             &stage.state(),
+            &[],
             None,
             tokio::time::sleep(Duration::from_millis(300)),
         )

@@ -165,10 +165,15 @@ impl StandIn {
 
     /// What happens to it next. Its end is the last; it is to be dropped then. May be dropped half-way.
     pub async fn next(&self) -> Happening {
-        if let Some(Word::Signal(signal)) = self.word().await {
-            return Happening::Signal(signal);
-        }
-        Happening::Killed(match self.child.ended().await {
+        let end = tokio::select! {
+            biased;
+            word = self.word() => match word {
+                Some(Word::Signal(signal)) => return Happening::Signal(signal),
+                _ => self.child.ended().await,
+            },
+            end = self.child.ended() => end,
+        };
+        Happening::Killed(match end {
             End::Killed(signal) => signal as i32,
             End::Exited(_) | End::Lost(_) => libc::SIGKILL,
         })
