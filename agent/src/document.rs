@@ -1,6 +1,7 @@
 //! Reads an OCI document, so that what does not fit its schema is named by its field.
 
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 use crate::fault::Fault;
 
@@ -10,22 +11,38 @@ use crate::fault::Fault;
 ///
 /// What is no JSON, or not what the runtime spec says: the message begins with the field, `process.rlimits[1].type`.
 pub fn read<T: DeserializeOwned>(json: &[u8], prefix: &str) -> Result<T, Fault> {
-    let mut reader = serde_json::Deserializer::from_slice(json);
-    let document = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
+    let whole = if prefix.is_empty() { "config.json" } else { prefix };
+    let mut document: Value = serde_json::from_slice(json).map_err(|error| Fault::spec(whole, error))?;
+    let process = if prefix.is_empty() { "/process" } else { "" };
+    if let Some(Value::Array(flags)) = document.pointer_mut(&format!("{process}/scheduler/flags")) {
+        flags.iter_mut().for_each(rename_scheduler_flag);
+    }
+    serde_path_to_error::deserialize(document).map_err(|error| {
         let path = error.path().to_string();
         let field = match (prefix, path.as_str()) {
             // `.` is the document itself, `?` what is not even a key in it.
-            ("", "." | "?") => "config.json".to_owned(),
-            (prefix, "." | "?") => prefix.to_owned(),
+            (_, "." | "?") => whole.to_owned(),
             ("", path) => path.to_owned(),
             (prefix, path) => format!("{prefix}.{path}"),
         };
-        Fault::spec(field, error.inner())
-    })?;
-    reader
-        .end()
-        .map_err(|error| Fault::spec(if prefix.is_empty() { "config.json" } else { prefix }, error))?;
-    Ok(document)
+        let problem = error.inner().to_string();
+        // Of an unknown word the message goes on with all that are known: dozens of lines.
+        let problem = match problem.split_once(", expected one of ") {
+            Some((unknown, _)) if unknown.starts_with("unknown variant") => unknown,
+            _ => &problem,
+        };
+        Fault::spec(field, problem)
+    })
+}
+
+/// The library that knows the schema has two of the runtime spec's names wrong.
+fn rename_scheduler_flag(flag: &mut Value) {
+    let known = match flag.as_str() {
+        Some("SCHED_FLAG_RESET_ON_FORK") => "SCHED_RESET_ON_FORK",
+        Some("SCHED_FLAG_DL_OVERRUN") => "SCHED_FLAG_D_L_OVERRUN",
+        _ => return,
+    };
+    *flag = Value::from(known);
 }
 
 #[cfg(test)]
@@ -54,6 +71,22 @@ mod tests {
                 "linux.namespaces[0].type: ",
                 r#"{"linux":{"namespaces":[{"type":"weather"}]}}"#,
             ),
+            (
+                "process.capabilities.bounding[1]: no variant for CAP_FLY",
+                r#"{"process":{"user":{},"cwd":"/","capabilities":{"bounding":["CAP_KILL","CAP_FLY"]}}}"#,
+            ),
+            (
+                "linux.seccomp: missing field `defaultAction`",
+                r#"{"linux":{"seccomp":{"syscalls":[]}}}"#,
+            ),
+            (
+                "linux.seccomp.architectures[1]: unknown variant `SCMP_ARCH_PDP11`",
+                r#"{"linux":{"seccomp":{"defaultAction":"SCMP_ACT_LOG","architectures":["SCMP_ARCH_X86","SCMP_ARCH_PDP11"]}}}"#,
+            ),
+            (
+                "linux.seccomp.flags[0]: unknown variant `SECCOMP_FILTER_FLAG_X`",
+                r#"{"linux":{"seccomp":{"defaultAction":"SCMP_ACT_LOG","flags":["SECCOMP_FILTER_FLAG_X"]}}}"#,
+            ),
             ("config.json: ", "{ this is no json"),
             ("config.json: ", "[]{}"),
             ("config.json: ", "{\"ociVersion\":\"1.2.0\"} and more"),
@@ -69,5 +102,14 @@ mod tests {
         assert!(message.starts_with("process.scheduler.policy: "), "{message}");
         let message = self::message::<Process>("7", "process");
         assert!(message.starts_with("process: "), "{message}");
+    }
+
+    #[test]
+    fn the_flags_of_a_scheduler_have_the_runtime_specs_names() {
+        let json = br#"{"user":{},"cwd":"/","scheduler":{"policy":"SCHED_OTHER",
+            "flags":["SCHED_FLAG_RESET_ON_FORK","SCHED_FLAG_DL_OVERRUN","SCHED_FLAG_RECLAIM"]}}"#;
+        let process: Process = read(json, "process").unwrap();
+        let flags = process.scheduler().as_ref().and_then(|scheduler| scheduler.flags().clone());
+        assert_eq!(flags.map(|flags| flags.len()), Some(3));
     }
 }

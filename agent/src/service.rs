@@ -110,13 +110,7 @@ impl Agent for Service {
     ) -> ttrpc::Result<CreateContainerResponse> {
         check_id(&request.container_id, "container")?;
         check_document(&request.spec_json)?;
-        let work = Arc::clone(&self.sandbox).create(
-            request.container_id,
-            request.spec_json,
-            request.stdio.unwrap_or_default(),
-            request.volumes,
-            request.joined_namespaces,
-        );
+        let work = Arc::clone(&self.sandbox).create(request);
         let mut response = CreateContainerResponse::new();
         match to_the_end(work).await {
             Ok(pid) => response.pid = pid,

@@ -271,6 +271,25 @@ pub fn set_capabilities(effective: u64, permitted: u64, inheritable: u64) -> io:
     Ok(())
 }
 
+/// Puts this thread under the filter `program`, with `flags` (`SECCOMP_FILTER_FLAG_…`).
+pub fn load_seccomp_filter(program: &[libc::sock_filter], flags: u64) -> io::Result<()> {
+    let program = libc::sock_fprog {
+        len: u16::try_from(program.len()).map_err(io::Error::other)?,
+        // The kernel only reads it.
+        filter: program.as_ptr().cast_mut(),
+    };
+    // SAFETY: program is a valid sock_fprog, whose instructions live as long as the call.
+    check(unsafe {
+        libc::syscall(
+            libc::SYS_seccomp,
+            libc::SECCOMP_SET_MODE_FILTER,
+            flags,
+            &raw const program,
+        )
+    })?;
+    Ok(())
+}
+
 /// prctl(2) with integer arguments.
 pub fn prctl(option: i32, a: u64, b: u64) -> io::Result<i32> {
     // SAFETY: callers pass options whose arguments are integers; unused ones are zero, as the kernel demands.
@@ -301,6 +320,44 @@ pub fn set_io_priority(class: u32, level: u32) -> io::Result<()> {
     // SAFETY: integers only.
     check(unsafe { libc::syscall(libc::SYS_ioprio_set, WHO_PROCESS, 0, (class << 13) | level) })?;
     Ok(())
+}
+
+/// Sets how this thread is scheduled (sched_setattr(2)).
+pub fn set_scheduler(attributes: &libc::sched_attr) -> io::Result<()> {
+    // SAFETY: attributes is a valid sched_attr, which says its own size.
+    check(unsafe { libc::syscall(libc::SYS_sched_setattr, 0, std::ptr::from_ref(attributes), 0) })?;
+    Ok(())
+}
+
+/// Has this thread run on `processors` only, one bit each.
+pub fn set_processors(processors: &[u64]) -> io::Result<()> {
+    // SAFETY: the pointer is to as many bytes as are said.
+    check(unsafe {
+        libc::syscall(
+            libc::SYS_sched_setaffinity,
+            0,
+            size_of_val(processors),
+            processors.as_ptr(),
+        )
+    })?;
+    Ok(())
+}
+
+/// The processors that this thread may run on, one bit each.
+pub fn processors() -> io::Result<Vec<u64>> {
+    // More than any kernel's NR_CPUS.
+    let mut processors = vec![0u64; 1024];
+    // SAFETY: the pointer is to as many bytes as are said. The answer is how many of them were written.
+    let written = check(unsafe {
+        libc::syscall(
+            libc::SYS_sched_getaffinity,
+            0,
+            size_of_val(processors.as_slice()),
+            processors.as_mut_ptr(),
+        )
+    })?;
+    processors.truncate(usize::try_from(written).map_err(io::Error::other)? / size_of::<u64>());
+    Ok(processors)
 }
 
 /// Sets one limit of this process.

@@ -132,9 +132,20 @@ async fn specs_that_cannot_be_applied_are_refused_by_name() {
     host.rootfs("c");
     for (field, pointer, value) in [
         (
-            "linux.seccomp: ",
+            "linux.seccomp.listenerPath: ",
             "/linux",
-            json!({"namespaces": [{"type": "mount"}], "seccomp": {"defaultAction": "SCMP_ACT_LOG"}}),
+            json!({"namespaces": [{"type": "mount"}],
+                "seccomp": {"defaultAction": "SCMP_ACT_LOG", "listenerPath": "/run/x"}}),
+        ),
+        (
+            "linux.seccomp.defaultAction: unknown variant `SCMP_ACT_X`",
+            "/linux/seccomp",
+            json!({"defaultAction": "SCMP_ACT_X"}),
+        ),
+        (
+            "process.capabilities.bounding[0]: no variant for CAP_FLY",
+            "/process/capabilities/bounding",
+            json!(["CAP_FLY"]),
         ),
         (
             "mounts[0] (/x).source: ",
@@ -146,7 +157,7 @@ async fn specs_that_cannot_be_applied_are_refused_by_name() {
             "/process/cwd",
             json!("/etc/passwd"),
         ),
-        ("config.json: ", "/process", json!("x")),
+        ("process: ", "/process", json!("x")),
     ] {
         let mut spec = spec(&["true"]);
         *spec.pointer_mut(pointer).unwrap() = value;

@@ -1,7 +1,7 @@
 //! Refuses, by name, each field of a spec that husk does not apply in the guest, so that none is dropped silently.
 //!
 //! Not refused here, since the host side applies or refuses them: `hooks` that run on the host, `linux.cgroupsPath`,
-//! `linux.intelRdt`, and the network namespace.
+//! and the network namespace.
 //! `annotations` have no effect by definition. `process` is checked in [`crate::process::plan`], `mounts` in
 //! [`super::mounts`], `linux.resources` in [`super::resources`].
 
@@ -33,15 +33,6 @@ pub fn check(spec: &Spec) -> Result<(), Fault> {
             "is not supported: the operator's configuration describes the machine",
         );
     }
-    if let Some(hooks) = spec.hooks() {
-        if hooks
-            .start_container()
-            .as_ref()
-            .is_some_and(|hooks| !hooks.is_empty())
-        {
-            return refuse("hooks.startContainer", "is not supported yet");
-        }
-    }
     spec.linux().as_ref().map_or(Ok(()), check_linux)
 }
 
@@ -54,7 +45,16 @@ fn check_linux(linux: &Linux) -> Result<(), Fault> {
         map.as_ref().is_some_and(|map| !map.is_empty())
     }
     if any(linux.net_devices()) {
-        return refuse("netDevices", "is not supported yet");
+        return refuse(
+            "netDevices",
+            "is not supported: the sandbox's network is the host's to wire",
+        );
+    }
+    if linux.intel_rdt().is_some() {
+        return refuse(
+            "intelRdt",
+            "is not supported: a guest cannot divide the processor's caches",
+        );
     }
     if linux.memory_policy().is_some() {
         return refuse("memoryPolicy", "the guest has no NUMA");
@@ -65,9 +65,6 @@ fn check_linux(linux: &Linux) -> Result<(), Fault> {
         .is_some_and(|label| !label.is_empty())
     {
         return refuse("mountLabel", "the guest's kernel has no SELinux");
-    }
-    if linux.seccomp().is_some() {
-        return refuse("seccomp", "is not supported yet");
     }
     if let Some(personality) = linux.personality() {
         if some(personality.flags()) {
@@ -85,13 +82,10 @@ mod tests {
     fn what_would_be_dropped_is_refused_by_name() {
         for (field, json) in [
             (
-                "hooks.startContainer",
-                r#"{"hooks":{"startContainer":[{"path":"/x"}]}}"#,
+                "linux.netDevices",
+                r#"{"linux":{"netDevices":{"eth0":{"name":"eth1"}}}}"#,
             ),
-            (
-                "linux.seccomp",
-                r#"{"linux":{"seccomp":{"defaultAction":"SCMP_ACT_ERRNO"}}}"#,
-            ),
+            ("linux.intelRdt", r#"{"linux":{"intelRdt":{"closID":"x"}}}"#),
             ("linux.mountLabel", r#"{"linux":{"mountLabel":"x"}}"#),
             (
                 "linux.memoryPolicy",

@@ -118,13 +118,7 @@ pub fn run(
             .map_err(|error| Fault::system("set linux.rootfsPropagation", error))?;
     }
     drop(root);
-    if let Some(personality) = plan.personality {
-        // SAFETY: integers only.
-        if unsafe { libc::personality(personality) } < 0 {
-            return Err(Fault::system("set linux.personality", Errno::last()));
-        }
-    }
-    enter::exec(&plan.process, terminal, reporter, true)
+    enter::exec(&plan.process, terminal, reporter, Some((&plan.start_hooks, id)))
 }
 
 fn set_domainname(name: &str) -> io::Result<()> {
@@ -229,5 +223,5 @@ pub fn join(
         user::become_root()?;
     }
     let terminal = enter::connect(plan, stdio)?;
-    enter::exec(plan, terminal, reporter, false)
+    enter::exec(plan, terminal, reporter, None)
 }

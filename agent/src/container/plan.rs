@@ -1,13 +1,16 @@
 //! A whole OCI spec, checked and turned into what the child does.
 
-use std::{collections::HashMap, ffi::CString, path::Path, path::PathBuf};
+use std::{collections::HashMap, ffi::CString, path::Path, path::PathBuf, sync::Arc};
 
 use oci_spec::runtime::{LinuxPersonalityDomain, Spec};
 
 use super::{
-    check, devices, mount_options, mounts,
+    check, devices,
+    hooks::StartHooks,
+    mount_options, mounts,
     namespaces::{Namespaces, Origin},
     resources,
+    seccomp::Filter,
     sysctl::Sysctl,
     time::TimeOffsets,
     user::Mappings,
@@ -35,8 +38,7 @@ pub struct ContainerPlan {
     pub domainname: Option<String>,
     pub sysctls: Vec<Sysctl>,
     pub resources: resources::Plan,
-    /// Argument of personality(2).
-    pub personality: Option<u64>,
+    pub start_hooks: StartHooks,
 }
 
 impl ContainerPlan {
@@ -57,8 +59,19 @@ impl ContainerPlan {
             .process()
             .as_ref()
             .ok_or_else(|| Fault::spec("process", "is required"))?;
-        let process = ProcessPlan::new(process, "process")?;
+        let mut process = ProcessPlan::new(process, "process")?;
         let linux = spec.linux().clone().unwrap_or_default();
+        if let Some(profile) = linux.seccomp() {
+            process.shared.seccomp = Some(Arc::new(Filter::new(profile)?));
+        }
+        process.shared.personality =
+            linux
+                .personality()
+                .as_ref()
+                .map(|personality| match personality.domain() {
+                    LinuxPersonalityDomain::PerLinux => 0,
+                    LinuxPersonalityDomain::PerLinux32 => 8,
+                });
         let namespaces = Namespaces::new(linux.namespaces().as_deref().unwrap_or_default(), joined)?;
         let mappings = Mappings::new(&linux)?;
         match (&namespaces.user, &mappings) {
@@ -123,13 +136,7 @@ impl ContainerPlan {
             namespaces,
             sysctls,
             resources: resources::plan_new(&linux)?,
-            personality: linux
-                .personality()
-                .as_ref()
-                .map(|personality| match personality.domain() {
-                    LinuxPersonalityDomain::PerLinux => 0,
-                    LinuxPersonalityDomain::PerLinux32 => 8,
-                }),
+            start_hooks: StartHooks::new(spec)?,
         })
     }
 }

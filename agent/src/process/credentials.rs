@@ -3,18 +3,21 @@
 use nix::unistd::{Gid, Uid};
 
 use super::plan::ProcessPlan;
-use crate::{fault::Fault, sys};
+use crate::{container::seccomp::Filter, fault::Fault, sys};
 
 /// Highest capability number that a kernel may ever have.
 const MAX_CAPABILITY: u64 = 63;
 
-/// Makes the calling process (root, with all capabilities) what `plan` says.
+const SYS_ADMIN: u64 = 1 << 21;
+
+/// Makes the calling process (root, with all capabilities) the user that `plan` says, with the capabilities that it
+/// shall have in effect. [`settle`] does the rest; if that has to load a filter, `keep_admin` keeps what it takes.
 ///
 /// The order matters: the bounding set needs CAP_SETPCAP, groups need CAP_SETGID, and both are gone once the
 /// user is changed; the capabilities of the plan survive that change only because they are asked to be kept.
-pub fn assume(plan: &ProcessPlan) -> Result<(), Fault> {
+pub fn become_user(plan: &ProcessPlan, keep_admin: bool) -> Result<(), Fault> {
     let failed = |what: &str, error: std::io::Error| Fault::system(what, error);
-    let sets = &plan.capabilities;
+    let sets = plan.capabilities();
     for capability in 0..=MAX_CAPABILITY {
         if sets.bounding & (1 << capability) == 0 {
             match sys::prctl(libc::PR_CAPBSET_DROP, capability, 0) {
@@ -33,8 +36,26 @@ pub fn assume(plan: &ProcessPlan) -> Result<(), Fault> {
     let uid = Uid::from_raw(plan.uid);
     nix::unistd::setresuid(uid, uid, uid).map_err(|error| failed("set user", error.into()))?;
     sys::prctl(libc::PR_SET_KEEPCAPS, 0, 0).map_err(|error| failed("keep capabilities", error))?;
-    sys::set_capabilities(sets.effective, sets.permitted, sets.inheritable)
+    let kept = if keep_admin { SYS_ADMIN } else { 0 };
+    sys::set_capabilities(sets.effective, sets.permitted | kept, sets.inheritable)
+        .map_err(|error| failed("set capabilities", error))
+}
+
+/// Loads `filter`, for which this process has kept CAP_SYS_ADMIN, and gives up all that `plan` does not give.
+pub fn settle(plan: &ProcessPlan, filter: Option<&Filter>) -> Result<(), Fault> {
+    let failed = |what: &str, error: std::io::Error| Fault::system(what, error);
+    let sets = plan.capabilities();
+    if let Some(filter) = filter {
+        sys::set_capabilities(
+            sets.effective | SYS_ADMIN,
+            sets.permitted | SYS_ADMIN,
+            sets.inheritable,
+        )
         .map_err(|error| failed("set capabilities", error))?;
+        filter.load()?;
+        sys::set_capabilities(sets.effective, sets.permitted, sets.inheritable)
+            .map_err(|error| failed("set capabilities", error))?;
+    }
     let ambient = |command: i32, capability: u64| {
         sys::prctl(libc::PR_CAP_AMBIENT, command as u64, capability).map(drop)
     };

@@ -15,18 +15,22 @@ use nix::{
 
 use super::{command, credentials, launch::Reporter, plan::ProcessPlan, terminal::Terminal};
 use crate::{
+    container::hooks::StartHooks,
     fault::{Fault, Kind},
     stdio::ProcessEnd,
     sys,
 };
 
+/// As with runc, if `process.user.umask` does not say.
+const DEFAULT_UMASK: u32 = 0o022;
+
 /// What needs the guest's own `/proc`, and root: to be called before the container's root is entered.
 pub fn prepare(plan: &ProcessPlan) -> Result<(), Fault> {
-    if let Some((class, level)) = plan.io_priority {
+    if let Some((class, level)) = plan.shared.io_priority {
         sys::set_io_priority(class, level).map_err(|error| Fault::system("set process.ioPriority", error))?;
     }
     // The root of a user namespace could not raise them later.
-    for (resource, _, hard) in &plan.rlimits {
+    for (resource, _, hard) in &plan.shared.rlimits {
         sys::allow_rlimit(*resource, *hard).map_err(|error| {
             Fault::system(format_args!("set process.rlimits: resource {resource}"), error)
         })?;
@@ -40,8 +44,8 @@ fn set_rlimits(plan: &ProcessPlan) -> Result<(), Fault> {
         sys::set_rlimit(resource, soft, hard)
             .map_err(|error| Fault::system(format_args!("set process.rlimits: resource {resource}"), error))
     };
-    if plan
-        .rlimits
+    let limits = &plan.shared.rlimits;
+    if limits
         .iter()
         .all(|(resource, ..)| *resource != libc::RLIMIT_NOFILE)
     {
@@ -50,7 +54,7 @@ fn set_rlimits(plan: &ProcessPlan) -> Result<(), Fault> {
             .map_err(|error| Fault::system("getrlimit", error))?;
         set(libc::RLIMIT_NOFILE, hard.min(1024), hard)?;
     }
-    plan.rlimits
+    limits
         .iter()
         .try_for_each(|(resource, soft, hard)| set(*resource, *soft, *hard))
 }
@@ -82,24 +86,52 @@ pub fn connect(plan: &ProcessPlan, stdio: &ProcessEnd) -> Result<Option<Terminal
     }
 }
 
-/// Becomes the user, finds the command, reports to the agent, waits for its go if `hold`, and execs.
+/// Becomes the user, finds the command, reports to the agent, and execs. With `hooks`, the process is a container's
+/// init: it waits for the agent's go and runs them before.
+///
+/// The filter for system calls is loaded when runc loads it: without noNewPrivileges while there is the capability that
+/// this takes, else last of all. What comes after must be allowed by every filter under which runc would come through:
+/// capset, prctl, read, write, execve. So all else is done before.
 pub fn exec(
     plan: &ProcessPlan,
     terminal: Option<Terminal>,
     reporter: &Reporter,
-    hold: bool,
+    hooks: Option<(&StartHooks, &str)>,
 ) -> Result<Infallible, Fault> {
+    let is_init = hooks.is_some();
+    let hooks = match hooks {
+        Some((hooks, id)) => hooks.prepare(id)?,
+        None => None,
+    };
+    let (late_filter, early_filter) = match plan.shared.seccomp.as_deref() {
+        filter if plan.no_new_privileges => (filter, None),
+        filter => (None, filter),
+    };
     let mut env = plan.env.clone();
     if plan.env_value("HOME").is_none() {
         let home = credentials::home_of(plan.uid, "/etc/passwd").unwrap_or_else(|| "/".to_owned());
         env.extend(CString::new(format!("HOME={home}")));
     }
-    umask(Mode::from_bits_truncate(plan.umask));
+    umask(Mode::from_bits_truncate(
+        plan.shared.umask.unwrap_or(DEFAULT_UMASK),
+    ));
+    if let Some(scheduler) = &plan.shared.scheduler {
+        scheduler.apply()?;
+    }
+    if let (false, Some(affinity)) = (is_init, &plan.shared.exec_affinity) {
+        affinity.finish()?;
+    }
+    if let Some(personality) = plan.shared.personality {
+        // SAFETY: integers only.
+        if unsafe { libc::personality(personality) } < 0 {
+            return Err(Fault::system("set linux.personality", Errno::last()));
+        }
+    }
     // Once as root, for a directory that only root can reach; and again as the user, who must see it in what
     // follows. Only one of them has to work.
     let as_root = nix::unistd::chdir(plan.cwd.as_c_str());
     set_rlimits(plan)?;
-    credentials::assume(plan)?;
+    credentials::become_user(plan, early_filter.is_some())?;
     if let (Err(_), Err(error)) = (as_root, nix::unistd::chdir(plan.cwd.as_c_str())) {
         return Err(Fault {
             kind: Kind::Spec,
@@ -120,10 +152,19 @@ pub fn exec(
         .map(|name| name.to_string_lossy())
         .unwrap_or_default();
     let file = command::find(&name, plan.env_value("PATH"))?;
-    reporter.ready(terminal.as_ref().map(|terminal| terminal.master.as_fd()))?;
-    drop(terminal);
-    if hold && !reporter.wait() {
+    if let Some(terminal) = terminal {
+        reporter.terminal(terminal.master.as_fd())?;
+    }
+    credentials::settle(plan, early_filter)?;
+    reporter.ready()?;
+    if is_init && !reporter.wait() {
         return Err(Fault::system("start", Errno::ECANCELED));
+    }
+    if let Some(hooks) = hooks {
+        hooks.run(&env, late_filter)?;
+    }
+    if let Some(filter) = late_filter {
+        filter.load()?;
     }
     match execve(&file, &plan.args, &env) {
         Ok(never) => Ok(never),

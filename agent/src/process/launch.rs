@@ -28,6 +28,7 @@ use crate::{fault::Fault, sys};
 const STAGE: u16 = 10_000;
 
 const READY: u8 = b'r';
+const TERMINAL: u8 = b't';
 const GO: u8 = b'g';
 
 /// Whether this process is a forked child of the agent rather than the agent.
@@ -41,8 +42,10 @@ pub fn is_forked() -> bool {
 /// What the child says.
 #[derive(Debug)]
 pub enum Report {
-    /// All is prepared. With a terminal, its master.
-    Ready(Option<OwnedFd>),
+    /// The master of its terminal, before it is ready.
+    Terminal(OwnedFd),
+    /// All is prepared.
+    Ready,
     /// It has failed and exits.
     Fault(Fault),
     /// The socket is closed: by the exec, or because the child was killed.
@@ -90,7 +93,11 @@ fn receive(socket: RawFd) -> Result<Report, Errno> {
     let packet = packet.get(..count).unwrap_or_default();
     Ok(match packet.first() {
         None => Report::Closed,
-        Some(&READY) => Report::Ready(passed),
+        Some(&READY) => Report::Ready,
+        Some(&TERMINAL) => passed.map_or_else(
+            || Report::Fault(Fault::system("new process", Errno::EBADMSG)),
+            Report::Terminal,
+        ),
         Some(_) => Report::Fault(
             Fault::decode(packet).unwrap_or_else(|| Fault::system("new process", Errno::EBADMSG)),
         ),
@@ -102,19 +109,23 @@ fn receive(socket: RawFd) -> Result<Report, Errno> {
 pub struct Reporter(OwnedFd);
 
 impl Reporter {
-    /// All is prepared; `master` is the agent's end of the terminal.
-    pub fn ready(&self, master: Option<BorrowedFd<'_>>) -> Result<(), Fault> {
-        let fds: Vec<RawFd> = master.iter().map(AsRawFd::as_raw_fd).collect();
-        let control = [ControlMessage::ScmRights(&fds)];
-        let control = if fds.is_empty() { &[] } else { control.as_slice() };
+    /// Passes `master`, the agent's end of the terminal.
+    pub fn terminal(&self, master: BorrowedFd<'_>) -> Result<(), Fault> {
         sendmsg::<()>(
             self.0.as_raw_fd(),
-            &[IoSlice::new(&[READY])],
-            control,
+            &[IoSlice::new(&[TERMINAL])],
+            &[ControlMessage::ScmRights(&[master.as_raw_fd()])],
             MsgFlags::MSG_NOSIGNAL,
             None,
         )
         .map_err(|error| Fault::system("report to the agent", error))?;
+        Ok(())
+    }
+
+    /// All is prepared. (By write(2), since this process may be under its container's filter, as is [`Self::fault`]. If
+    /// the agent is gone, so is everything.)
+    pub fn ready(&self) -> Result<(), Fault> {
+        nix::unistd::write(&self.0, &[READY]).map_err(|error| Fault::system("report to the agent", error))?;
         Ok(())
     }
 
@@ -131,7 +142,7 @@ impl Reporter {
 
     fn fault(&self, fault: &Fault) {
         // If the agent does not listen any more, the exit status has to do.
-        let _ = nix::sys::socket::send(self.0.as_raw_fd(), &fault.encode(), MsgFlags::MSG_NOSIGNAL);
+        let _ = nix::unistd::write(&self.0, &fault.encode());
     }
 }
 

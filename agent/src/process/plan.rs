@@ -1,10 +1,11 @@
 //! An OCI `process`, checked and turned into what the system calls take.
 
-use std::{collections::HashSet, ffi::CString};
+use std::{collections::HashSet, ffi::CString, sync::Arc};
 
-use oci_spec::runtime::{Capabilities, IOPriorityClass, PosixRlimitType, Process};
+use oci_spec::runtime::{Capabilities, IOPriorityClass, LinuxCapabilities, PosixRlimitType, Process};
 
-use crate::fault::Fault;
+use super::{affinity::Affinity, scheduler::SchedulerPlan};
+use crate::{container::seccomp::Filter, fault::Fault};
 
 /// A process to be.
 #[derive(Debug)]
@@ -18,16 +19,48 @@ pub struct ProcessPlan {
     pub uid: u32,
     pub gid: u32,
     pub groups: Vec<u32>,
-    pub umask: u32,
-    pub capabilities: CapabilitySets,
     pub no_new_privileges: bool,
+    /// Set if the process has a terminal.
+    pub terminal: Option<TerminalSize>,
+    pub shared: Shared,
+}
+
+/// What a process that joins a container has as the container's init has it, unless its own document says otherwise.
+#[derive(Clone, Debug, Default)]
+pub struct Shared {
+    pub umask: Option<u32>,
+    pub capabilities: Option<CapabilitySets>,
     /// (resource, soft, hard)
     pub rlimits: Vec<(u32, u64, u64)>,
     pub oom_score_adj: Option<i32>,
+    pub scheduler: Option<SchedulerPlan>,
     /// (class 1..=3, level 0..=7)
     pub io_priority: Option<(u32, u32)>,
-    /// Set if the process has a terminal.
-    pub terminal: Option<TerminalSize>,
+    /// Not of the init process itself.
+    pub exec_affinity: Option<Affinity>,
+    /// Argument of personality(2); only a container's document has it.
+    pub personality: Option<u64>,
+    /// As [`Shared::personality`].
+    pub seccomp: Option<Arc<Filter>>,
+}
+
+impl Shared {
+    /// Takes from the container's init what is not given here. (runc lets the container's umask win, which leaves an
+    /// exec's own without effect.)
+    pub fn inherit(&mut self, init: &Self) {
+        let init = init.clone();
+        self.umask = self.umask.or(init.umask);
+        self.capabilities = self.capabilities.or(init.capabilities);
+        if self.rlimits.is_empty() {
+            self.rlimits = init.rlimits;
+        }
+        self.oom_score_adj = self.oom_score_adj.or(init.oom_score_adj);
+        self.scheduler = self.scheduler.or(init.scheduler);
+        self.io_priority = self.io_priority.or(init.io_priority);
+        self.exec_affinity = self.exec_affinity.take().or(init.exec_affinity);
+        self.personality = init.personality;
+        self.seccomp = init.seccomp;
+    }
 }
 
 /// Size of a terminal in characters; zero if unknown.
@@ -79,8 +112,7 @@ impl ProcessPlan {
             ));
         }
         let user = process.user();
-        let umask = user.umask().unwrap_or(0o022);
-        if umask > 0o777 {
+        if user.umask().is_some_and(|umask| umask > 0o777) {
             return Err(Fault::spec(format_args!("{field}.user.umask"), "is above 0777"));
         }
         let oom_score_adj = process.oom_score_adj();
@@ -97,12 +129,24 @@ impl ProcessPlan {
             uid: user.uid(),
             gid: user.gid(),
             groups: user.additional_gids().clone().unwrap_or_default(),
-            umask,
-            capabilities: capability_sets(process),
             no_new_privileges: process.no_new_privileges().unwrap_or(false),
-            rlimits: rlimits(process, field)?,
-            oom_score_adj,
-            io_priority: io_priority(process, field)?,
+            shared: Shared {
+                umask: user.umask(),
+                capabilities: process.capabilities().as_ref().map(capability_sets),
+                rlimits: rlimits(process, field)?,
+                oom_score_adj,
+                scheduler: match process.scheduler() {
+                    Some(scheduler) => Some(SchedulerPlan::new(scheduler, &format!("{field}.scheduler"))?),
+                    None => None,
+                },
+                io_priority: io_priority(process, field)?,
+                exec_affinity: match process.exec_cpu_affinity() {
+                    Some(affinity) => Some(Affinity::new(affinity, &format!("{field}.execCPUAffinity"))?),
+                    None => None,
+                },
+                personality: None,
+                seccomp: None,
+            },
             terminal: process.terminal().unwrap_or(false).then(|| {
                 let size = process.console_size().unwrap_or_default();
                 TerminalSize {
@@ -111,6 +155,11 @@ impl ProcessPlan {
                 }
             }),
         })
+    }
+
+    /// Without `capabilities` a process has none, as with runc.
+    pub fn capabilities(&self) -> CapabilitySets {
+        self.shared.capabilities.unwrap_or_default()
     }
 
     /// The value of an environment variable.
@@ -143,12 +192,6 @@ fn refuse_unsupported(process: &Process, field: &str) -> Result<(), Fault> {
     if given(process.selinux_label()) {
         return refuse("selinuxLabel", "the guest's kernel has no SELinux");
     }
-    if process.scheduler().is_some() {
-        return refuse("scheduler", "is not supported yet");
-    }
-    if process.exec_cpu_affinity().is_some() {
-        return refuse("execCPUAffinity", "is not supported yet");
-    }
     Ok(())
 }
 
@@ -175,11 +218,7 @@ fn last_of_each<'a>(env: &'a [String], field: &str) -> Result<Vec<&'a str>, Faul
     Ok(entries)
 }
 
-/// Without `capabilities` a process has none, as with runc.
-fn capability_sets(process: &Process) -> CapabilitySets {
-    let Some(sets) = process.capabilities() else {
-        return CapabilitySets::default();
-    };
+fn capability_sets(sets: &LinuxCapabilities) -> CapabilitySets {
     let bits = |set: &Option<Capabilities>| {
         set.iter()
             .flatten()
@@ -286,14 +325,14 @@ mod tests {
             .map(|c| format!("{:?}", c.to_string()))
             .collect();
         let json = format!(r#"{{{LEAST},"capabilities":{{"bounding":[{}]}}}}"#, all.join(","));
-        let bits = plan(&json).unwrap().capabilities.bounding;
+        let bits = plan(&json).unwrap().capabilities().bounding;
         assert_eq!(bits, (1 << 41) - 1);
     }
 
     #[test]
     fn capabilities_have_the_kernels_numbers() {
         let json = format!(r#"{{{LEAST},"capabilities":{{"effective":["CAP_CHOWN","CAP_SYS_ADMIN"]}}}}"#);
-        assert_eq!(plan(&json).unwrap().capabilities.effective, 1 | (1 << 21));
+        assert_eq!(plan(&json).unwrap().capabilities().effective, 1 | (1 << 21));
     }
 
     #[test]
@@ -309,8 +348,15 @@ mod tests {
         for (field, json) in [
             ("process.apparmorProfile", r#""apparmorProfile":"docker-default""#),
             ("process.selinuxLabel", r#""selinuxLabel":"x""#),
-            ("process.scheduler", r#""scheduler":{"policy":"SCHED_FIFO"}"#),
-            ("process.execCPUAffinity", r#""execCPUAffinity":{"initial":"0"}"#),
+            ("process.commandLine", r#""commandLine":"x""#),
+            (
+                "process.scheduler.policy",
+                r#""scheduler":{"policy":"SCHED_ISO"}"#,
+            ),
+            (
+                "process.execCPUAffinity.final",
+                r#""execCPUAffinity":{"final":"1-0"}"#,
+            ),
             ("process.oomScoreAdj", r#""oomScoreAdj":1001"#),
             (
                 "process.ioPriority.priority",
@@ -332,6 +378,27 @@ mod tests {
         assert!(plan(r#"{"user":{},"cwd":"x","args":["sh"]}"#).is_err());
         assert!(plan(r#"{"user":{},"cwd":"/"}"#).is_err());
         assert!(plan(r#"{"user":{},"cwd":"/","args":["a\u0000b"]}"#).is_err());
+    }
+
+    #[test]
+    fn what_joins_a_container_has_what_it_does_not_say_from_the_containers_init() {
+        let init = plan(&format!(
+            r#"{{{LEAST},"capabilities":{{"bounding":["CAP_KILL"]}},"rlimits":[{{"type":"RLIMIT_CPU","soft":1,"hard":2}}],
+                "oomScoreAdj":5,"scheduler":{{"policy":"SCHED_BATCH"}},"noNewPrivileges":true}}"#
+        ))
+        .unwrap();
+        let mut plain = plan(&format!("{{{LEAST}}}")).unwrap();
+        plain.shared.inherit(&init.shared);
+        assert_eq!(plain.capabilities(), init.capabilities());
+        assert_eq!(plain.shared.rlimits, [(libc::RLIMIT_CPU, 1, 2)]);
+        assert_eq!(plain.shared.oom_score_adj, Some(5));
+        assert_eq!(plain.shared.scheduler.unwrap().policy, 3);
+        assert!(!plain.no_new_privileges);
+
+        let mut own = plan(&format!(r#"{{{LEAST},"capabilities":{{}},"oomScoreAdj":6}}"#)).unwrap();
+        own.shared.inherit(&init.shared);
+        assert_eq!(own.capabilities(), CapabilitySets::default());
+        assert_eq!(own.shared.oom_score_adj, Some(6));
     }
 
     proptest! {

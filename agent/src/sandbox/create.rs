@@ -33,12 +33,10 @@ impl Sandbox {
     /// Makes a container whose init process waits for [`Sandbox::start`], and answers its pid.
     pub async fn create(
         self: Arc<Self>,
-        id: String,
-        spec: Vec<u8>,
-        ports: messages::Stdio,
-        volumes: HashMap<u32, u32>,
-        joined: HashMap<String, String>,
+        request: messages::CreateContainerRequest,
     ) -> Result<i32, Error> {
+        let id = request.container_id;
+        let ports = request.stdio.unwrap_or_default();
         let mut is_set_up = self.is_set_up.subscribe();
         if tokio::time::timeout(SETUP, is_set_up.wait_for(|done| *done))
             .await
@@ -48,8 +46,14 @@ impl Sandbox {
                 "the sandbox has not been set up".into(),
             ));
         }
-        let spec: Spec = document::read(&spec, "")?;
-        let plan = ContainerPlan::new(&spec, &self.config.share.join(&id), &volumes, &joined)?;
+        let spec: Spec = document::read(&request.spec_json, "")?;
+        let mut plan = ContainerPlan::new(
+            &spec,
+            &self.config.share.join(&id),
+            &request.volumes,
+            &request.joined_namespaces,
+        )?;
+        plan.start_hooks.bundle = request.bundle;
         create::visit_mounts(&plan);
         drop(spec);
         let Forked {
@@ -122,7 +126,7 @@ impl Sandbox {
                 return Err(fault.into());
             }
         };
-        let score = plan.process.oom_score_adj;
+        let score = plan.process.shared.oom_score_adj;
         let mut keep = descriptors(&process_end);
         let run = |stage, reporter: &Reporter| match create::run(id, plan, stage, &process_end, reporter) {
             Err(fault) => fault,
@@ -183,6 +187,7 @@ impl Sandbox {
             cgroup,
             namespaces: plan.namespaces.clone(),
             mappings,
+            shared: plan.process.shared.clone(),
             oom_kills: 0,
             oom_watch,
             deleting: false,

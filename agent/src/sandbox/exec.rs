@@ -34,8 +34,9 @@ impl Sandbox {
         ports: messages::Stdio,
     ) -> Result<i32, Error> {
         let process: ProcessSpec = document::read(&process, "process")?;
-        let plan = ProcessPlan::new(&process, "process")?;
+        let mut plan = ProcessPlan::new(&process, "process")?;
         drop(process);
+        plan.shared.inherit(&self.state().container(&id)?.shared);
         let Forked {
             pid,
             channel,
@@ -49,7 +50,7 @@ impl Sandbox {
             let terminal = copy(master, pipes, streams)?;
             match channel.report().await {
                 Report::Fault(fault) => Err(fault),
-                Report::Ready(_) | Report::Closed => Ok(terminal),
+                Report::Terminal(_) | Report::Ready | Report::Closed => Ok(terminal),
             }
         };
         match started.await {
@@ -111,16 +112,22 @@ impl Sandbox {
             what: "join the container's pid namespace",
             error,
         })?;
-        let forked = launch::fork(
-            0,
-            container.cgroup.directory(),
-            &keep,
-            plan.oom_score_adj,
-            |reporter| match create::join(plan, init, namespaces, &process_end, reporter) {
-                Err(fault) => fault,
-                Ok(never) => match never {},
-            },
-        );
+        let fork = || {
+            launch::fork(
+                0,
+                container.cgroup.directory(),
+                &keep,
+                plan.shared.oom_score_adj,
+                |reporter| match create::join(plan, init, namespaces, &process_end, reporter) {
+                    Err(fault) => fault,
+                    Ok(never) => match never {},
+                },
+            )
+        };
+        let forked = match &plan.shared.exec_affinity {
+            Some(affinity) => affinity.start(fork),
+            None => fork(),
+        };
         if let Err(error) = enter(&self.own_pidfd) {
             // Further children would be made in the container. Nothing can be trusted any more.
             crate::init::die(format_args!(

@@ -62,13 +62,19 @@ pub(super) fn descriptors(end: &ProcessEnd) -> Vec<RawFd> {
 
 /// Waits until the forked child has prepared itself; answers its terminal's master.
 pub(super) async fn ready(channel: &Channel) -> Result<Option<OwnedFd>, Fault> {
-    match channel.report().await {
-        Report::Ready(master) => Ok(master),
-        Report::Fault(fault) => Err(fault),
-        Report::Closed => Err(Fault {
-            kind: crate::fault::Kind::System,
-            message: "the process was killed before its exec".into(),
-        }),
+    let mut master = None;
+    loop {
+        match channel.report().await {
+            Report::Terminal(fd) => master = Some(fd),
+            Report::Ready => return Ok(master),
+            Report::Fault(fault) => return Err(fault),
+            Report::Closed => {
+                return Err(Fault {
+                    kind: crate::fault::Kind::System,
+                    message: "the process was killed before its exec".into(),
+                });
+            }
+        }
     }
 }
 

@@ -131,7 +131,7 @@ impl Sandbox {
         channel.go();
         let failed = match channel.report().await {
             Report::Fault(fault) => Some(fault),
-            Report::Ready(_) | Report::Closed => None,
+            Report::Terminal(_) | Report::Ready | Report::Closed => None,
         };
         if failed.is_some() {
             // It reported and exits.

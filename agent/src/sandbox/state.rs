@@ -8,7 +8,7 @@ use super::Error;
 use crate::{
     bpf::DeviceFilter,
     container::{cgroup::Cgroup, namespaces::Namespaces, resources::Standing, user::Mappings},
-    process::launch::Channel,
+    process::{launch::Channel, plan::Shared},
 };
 
 /// Where a process is in its life.
@@ -94,6 +94,8 @@ pub(super) struct Container {
     pub(super) namespaces: Namespaces,
     /// Of its user namespace, unless that is the sandbox's.
     pub(super) mappings: Option<Mappings>,
+    /// What processes that join it have of its init.
+    pub(super) shared: Shared,
     /// OOM kills already reported.
     pub(super) oom_kills: u64,
     pub(super) oom_watch: Option<JoinHandle<()>>,

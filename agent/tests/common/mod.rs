@@ -315,6 +315,7 @@ impl Host {
                 .iter()
                 .map(|(kind, id)| (kind.to_string(), id.to_string()))
                 .collect(),
+            bundle: format!("/bundle/{id}"),
             ..Default::default()
         };
         let response = self.client.create_container(deadline(), &request).await?;

@@ -80,7 +80,7 @@ impl Sandbox {
             let pid = self
                 .parts
                 .agent
-                .create_container(&id, spec, ports, volumes, joined)
+                .create_container(&id, spec, ports, volumes, joined, &bundle)
                 .await?;
             self.table().commit(&id, pid, streams, &mut undo)
         };

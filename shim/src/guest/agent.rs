@@ -183,6 +183,7 @@ impl Agent {
         ports: StdioPorts,
         volumes: impl IntoIterator<Item = (u32, u32)>,
         joined: impl IntoIterator<Item = (Kind, String)>,
+        bundle: &Path,
     ) -> Result<i32, EngineError> {
         check_length("config.json", &spec)?;
         let request = wire::CreateContainerRequest {
@@ -194,6 +195,7 @@ impl Agent {
                 .into_iter()
                 .map(|(kind, container)| (kind.name().to_owned(), container))
                 .collect(),
+            bundle: bundle.to_string_lossy().into_owned(),
             ..Default::default()
         };
         let answer = self
