@@ -139,8 +139,8 @@ async fn specs_that_cannot_be_applied_are_refused_by_name() {
         ),
         (
             "linux.seccomp.defaultAction: unknown variant `SCMP_ACT_X`",
-            "/linux/seccomp",
-            json!({"defaultAction": "SCMP_ACT_X"}),
+            "/linux",
+            json!({"namespaces": [{"type": "mount"}], "seccomp": {"defaultAction": "SCMP_ACT_X"}}),
         ),
         (
             "process.capabilities.bounding[0]: no variant for CAP_FLY",

@@ -23,15 +23,16 @@ fn stat(line: &str) -> Vec<String> {
 #[tokio::test]
 async fn a_process_is_scheduled_as_the_spec_says() {
     let host = Host::new().await;
+    // The nice value of those that have none is that of who runs the test.
     for (scheduler, policy, nice, priority) in [
         (json!({"policy": "SCHED_OTHER", "nice": 7}), "0", "7", "0"),
         (json!({"policy": "SCHED_BATCH", "nice": -5}), "3", "-5", "0"),
-        (json!({"policy": "SCHED_IDLE"}), "5", "0", "0"),
-        (json!({"policy": "SCHED_FIFO", "priority": 11}), "1", "0", "11"),
+        (json!({"policy": "SCHED_IDLE"}), "5", "", "0"),
+        (json!({"policy": "SCHED_FIFO", "priority": 11}), "1", "", "11"),
         (
             json!({"policy": "SCHED_RR", "priority": 12, "flags": ["SCHED_FLAG_RESET_ON_FORK"]}),
             "2",
-            "0",
+            "",
             "12",
         ),
     ] {
@@ -42,10 +43,11 @@ async fn a_process_is_scheduled_as_the_spec_says() {
         assert_eq!((stderr.as_str(), status), ("", 0), "{scheduler}");
         let stat = stat(stdout.trim_end());
         assert_eq!(
-            (stat[41].as_str(), stat[19].as_str(), stat[40].as_str()),
-            (policy, nice, priority),
+            (stat[41].as_str(), stat[40].as_str()),
+            (policy, priority),
             "{scheduler}: {stdout}"
         );
+        assert!(nice.is_empty() || stat[19] == nice, "{scheduler}: {stdout}");
     }
     let mut spec = spec(&["true"]);
     host.rootfs("c");
@@ -149,7 +151,7 @@ fn add_hook(spec: &mut Value, hook: Value) {
 
 /// A hook that runs a script.
 fn hook(text: &str) -> Value {
-    json!({"path": "/bin/sh", "args": ["hook", "-c", text]})
+    json!({"path": "/bin/sh", "args": ["sh", "-c", text, "hook"]})
 }
 
 #[tokio::test]
@@ -162,9 +164,7 @@ async fn hooks_run_in_the_container_between_start_and_command() {
     spec["process"]["env"] = json!(["PATH=/bin", "A=container"]);
     add_hook(
         &mut spec,
-        hook(
-            "cat > hook; echo; echo noise; echo noise >&2; (echo; id -u; hostname; echo $0 $A; readlink /proc/1/exe) >> hook",
-        ),
+        hook("cat > hook; echo; echo noise; echo noise >&2; (echo; id -u; hostname; echo $0 $A) >> hook"),
     );
     let mut second = hook("echo $A $$ >> /tmp/hook; sed -n /^Seccomp:/p /proc/self/status >> /tmp/hook");
     second["env"] = json!(["PATH=/bin", "A=own"]);
@@ -193,7 +193,7 @@ async fn hooks_run_in_the_container_between_start_and_command() {
         );
         assert_eq!(lines[1..4], ["1000", "container", "hook container"], "{stdout}");
         assert!(
-            lines[5].starts_with("own ") && lines[6] == "Seccomp:\t2",
+            lines[4].starts_with("own ") && lines[5] == "Seccomp:\t2",
             "{stdout}"
         );
         assert_eq!(*lines.last().unwrap(), "command");

@@ -31,10 +31,7 @@ const SETUP: Duration = Duration::from_secs(30);
 
 impl Sandbox {
     /// Makes a container whose init process waits for [`Sandbox::start`], and answers its pid.
-    pub async fn create(
-        self: Arc<Self>,
-        request: messages::CreateContainerRequest,
-    ) -> Result<i32, Error> {
+    pub async fn create(self: Arc<Self>, request: messages::CreateContainerRequest) -> Result<i32, Error> {
         let id = request.container_id;
         let ports = request.stdio.unwrap_or_default();
         let mut is_set_up = self.is_set_up.subscribe();

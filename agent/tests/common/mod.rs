@@ -237,7 +237,7 @@ impl Host {
         for applet in [
             "sh", "cat", "echo", "sleep", "id", "pwd", "stty", "tty", "yes", "hostname", "ls", "mount",
             "touch", "true", "head", "kill", "ps", "stat", "env", "mkdir", "test", "wc", "dd", "umount",
-            "readlink", "sed",
+            "readlink", "sed", "unshare", "linux32", "ionice", "uname", "chmod", "sync", "chroot",
         ] {
             let _ = std::os::unix::fs::symlink("busybox", root.join("bin").join(applet));
         }

@@ -4,6 +4,7 @@ use std::{
     collections::BTreeMap,
     future::Future,
     io,
+    path::Path,
     sync::atomic::{AtomicBool, Ordering},
     time::Duration,
 };

@@ -140,16 +140,16 @@ impl Filter {
 fn flags(profile: &LinuxSeccomp) -> Result<u64, Fault> {
     let Some(flags) = profile.flags() else {
         // What runc does if the profile does not say.
-        return Ok(libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW as u64);
+        return Ok(libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW);
     };
     flags.iter().try_fold(0, |bits, flag| {
         Ok(bits
             | match flag {
                 // There is one thread.
                 LinuxSeccompFilterFlag::SeccompFilterFlagTsync => 0,
-                LinuxSeccompFilterFlag::SeccompFilterFlagLog => libc::SECCOMP_FILTER_FLAG_LOG as u64,
+                LinuxSeccompFilterFlag::SeccompFilterFlagLog => libc::SECCOMP_FILTER_FLAG_LOG,
                 LinuxSeccompFilterFlag::SeccompFilterFlagSpecAllow => {
-                    libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW as u64
+                    libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW
                 }
                 LinuxSeccompFilterFlag::SeccompFilterFlagWaitKillableRecv => {
                     return Err(Fault::spec(
@@ -364,7 +364,7 @@ mod tests {
     #[test]
     fn the_default_profile_of_an_engine_is_what_it_says() {
         let filter = filter(include_str!("../../../tests/fixtures/containerd-seccomp.json")).unwrap();
-        assert_eq!(filter.flags, libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW as u64);
+        assert_eq!(filter.flags, libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW);
         // 1,000 names in three ABIs; the kernel runs a dozen instructions of it for a call.
         assert!(filter.program.len() < 1000, "{}", filter.program.len());
         let call = |number, arguments: &[u64]| verdict(&filter, number, arguments);
