@@ -109,7 +109,10 @@ mod tests {
         let json = br#"{"user":{},"cwd":"/","scheduler":{"policy":"SCHED_OTHER",
             "flags":["SCHED_FLAG_RESET_ON_FORK","SCHED_FLAG_DL_OVERRUN","SCHED_FLAG_RECLAIM"]}}"#;
         let process: Process = read(json, "process").unwrap();
-        let flags = process.scheduler().as_ref().and_then(|scheduler| scheduler.flags().clone());
+        let flags = process
+            .scheduler()
+            .as_ref()
+            .and_then(|scheduler| scheduler.flags().clone());
         assert_eq!(flags.map(|flags| flags.len()), Some(3));
     }
 }
