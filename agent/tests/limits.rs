@@ -256,8 +256,8 @@ async fn an_update_changes_what_it_names_or_nothing() {
     let mut spec = spec(&["sleep", "1000"]);
     spec["linux"]["resources"]["hugepageLimits"] = json!([
         {"pageSize": "2MB", "limit": 4_194_304},
-        // No machine has these: the limit is held to.
-        {"pageSize": "7KB", "limit": 0},
+        // A machine without these holds to the limit.
+        {"pageSize": "1GB", "limit": 0},
     ]);
     let _streams = host.create("c", &spec).await;
     assert_eq!(host.cgroup_file("c", "hugetlb.2MB.max"), "4194304");
