@@ -134,7 +134,15 @@ impl Sandbox {
             POSTSTOP
         };
         // What fails at this phase is in the log.
-        let _ = hooks::run(hooks, Phase::Poststop, state, &[], Some(limit), std::future::pending()).await;
+        let _ = hooks::run(
+            hooks,
+            Phase::Poststop,
+            state,
+            &[],
+            Some(limit),
+            std::future::pending(),
+        )
+        .await;
         let done = |record: &mut super::record::Record| record.poststop.retain(|known| known.state != *state);
         if let Err(error) = update(&self.parts.record, done, &self.parts.dir) {
             tracing::warn!(%error, container = id, "the record still has its poststop hooks");

@@ -211,7 +211,11 @@ async fn a_hook_that_hangs_holds_up_nobody_else_and_ends_with_the_sandbox() {
     let file = stage.dir.path().join("bundle/pid");
     let pid = soon(async {
         loop {
-            if let Ok(pid) = fs::read_to_string(&file).unwrap_or_default().trim().parse::<u32>() {
+            if let Ok(pid) = fs::read_to_string(&file)
+                .unwrap_or_default()
+                .trim()
+                .parse::<u32>()
+            {
                 return pid;
             }
             tokio::time::sleep(Duration::from_millis(10)).await;

@@ -323,12 +323,7 @@ async fn run_one(
 }
 
 /// Starts a hook in the bundle's directory, in a process group of its own, to be killed when this process dies.
-fn start(
-    hook: &Hook,
-    bundle: &Path,
-    join: &[OwnedFd],
-    output: OwnedFd,
-) -> io::Result<tokio::process::Child> {
+fn start(hook: &Hook, bundle: &Path, join: &[OwnedFd], output: OwnedFd) -> io::Result<tokio::process::Child> {
     let join: Vec<RawFd> = join.iter().map(AsRawFd::as_raw_fd).collect();
     let image = Image::new(hook)?;
     let mut command = Command::new(&hook.path);

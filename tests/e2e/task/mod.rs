@@ -3,6 +3,7 @@
 mod exec;
 mod life;
 mod limits;
+mod standin;
 mod streams;
 
 use serde_json::json;
