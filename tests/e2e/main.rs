@@ -17,4 +17,5 @@ mod programs;
 mod shim;
 mod streams;
 mod task;
+mod task_api;
 mod terminal;

@@ -1,6 +1,8 @@
 //! The wire between the host and husk-agent, used by both sides: the ttrpc service `husk.agent.v1.Agent`
-//! (generated from `proto/agent.proto`, which documents it) and the limits that both sides hold to.
+//! (generated from `proto/agent.proto`, which documents it), the limits that both sides hold to and the words that the
+//! agent knows.
 
+pub mod features;
 pub mod limits;
 
 /// Generated messages and service.

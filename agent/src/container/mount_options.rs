@@ -269,6 +269,28 @@ mod tests {
     }
 
     #[test]
+    fn the_words_that_engines_are_told_of_are_known() {
+        // The kernel's file systems take these themselves.
+        let of_file_systems = [
+            "acl",
+            "async",
+            "dirsync",
+            "lazytime",
+            "noacl",
+            "nolazytime",
+            "sync",
+        ];
+        for word in husk_agent_protocol::features::MOUNT_OPTIONS {
+            let options = parse(&[word]).unwrap();
+            assert_eq!(
+                options.data.is_empty(),
+                !of_file_systems.contains(&word),
+                "{word}"
+            );
+        }
+    }
+
+    #[test]
     fn unsupported_words_are_named() {
         for word in ["iversion", "remount", "a\0b"] {
             let fault = parse(&[word]).unwrap_err();

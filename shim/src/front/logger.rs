@@ -33,7 +33,7 @@ const READY_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the end of a program that was never ready may take to be seen.
 const DEATH_TIMEOUT: Duration = Duration::from_millis(100);
 /// How long a program may take to end after its input has, and again after it was asked to.
-const END_TIMEOUT: Duration = Duration::from_secs(5);
+const END_TIMEOUT: Duration = Duration::from_secs(6);
 /// The parameters with this before their name are the program's environment.
 const ENV_PREFIX: &str = "env.";
 /// Variables that are not the client's to set.

@@ -153,6 +153,21 @@ impl Order {
         out
     }
 
+    /// The start that [`starting`](Self::starting) announced was not tried: the process is as it was.
+    pub fn start_refused(&mut self, container: &str, exec: Option<&str>) -> Vec<Announcement> {
+        let Some(phase) = self.phase(container, exec) else {
+            return Vec::new();
+        };
+        let Phase::Busy(exit) = *phase else {
+            return Vec::new();
+        };
+        if exec.is_none() || exit.is_some() {
+            return self.start_failed(container, exec);
+        }
+        *phase = Phase::Created;
+        self.release(container)
+    }
+
     /// The kernel killed a process of the container for want of memory.
     pub fn oom(&mut self, container: &str) -> Vec<Announcement> {
         if let Some(container) = self.containers.get_mut(container) {

@@ -53,6 +53,8 @@ enum ServeError {
         #[source]
         source: io::Error,
     },
+    #[error("the runtime's options on stdin are not as containerd writes them")]
+    Options(#[source] protobuf::Error),
     #[error("cannot serve: {0}")]
     Server(#[from] ttrpc::Error),
 }
@@ -82,7 +84,7 @@ fn act(args: &[OsString]) -> Result<(), ServeError> {
             super::cli::REVISION.unwrap_or_default(),
         )
         .into_bytes(),
-        Action::Info => runtime_info(),
+        Action::Info => runtime_info(&read_stdin()?).map_err(ServeError::Options)?,
         // No log goes to stderr here: containerd takes it for part of the answer.
         Action::Start => start::start(&invocation, &read_stdin()?)?,
         Action::Delete => {

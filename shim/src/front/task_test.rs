@@ -256,3 +256,80 @@ async fn all_who_wait_are_answered_alike() {
     );
     soon(theatre.pod.end()).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_has_ended_or_was_never_there_is_told_apart() {
+    let theatre = Theatre::open().await;
+    let service = TaskService::new(theatre.pod.clone());
+    theatre.create("c", "sleep").await.unwrap();
+    soon(service.start(&context(), start("c", ""))).await.unwrap();
+    soon(service.exec(&context(), exec("c", "e", r#"{"args":["exit5"]}"#)))
+        .await
+        .unwrap();
+    let resize = |exec_id: &str| ResizePtyRequest {
+        id: "c".into(),
+        exec_id: exec_id.into(),
+        width: 80,
+        height: u32::MAX,
+        ..ResizePtyRequest::default()
+    };
+    let close = |exec_id: &str| CloseIORequest {
+        id: "c".into(),
+        exec_id: exec_id.into(),
+        stdin: true,
+        ..CloseIORequest::default()
+    };
+    // Without a terminal there is nothing to size, before the start or after it.
+    for exec_id in ["", "e"] {
+        soon(service.resize_pty(&context(), resize(exec_id)))
+            .await
+            .unwrap();
+    }
+    soon(service.start(&context(), start("c", "e"))).await.unwrap();
+    soon(theatre.pod.wait("c", Some("e"))).await.unwrap();
+    assert_eq!(
+        code(soon(service.resize_pty(&context(), resize("e"))).await),
+        Code::FAILED_PRECONDITION
+    );
+    assert_eq!(
+        code(soon(service.kill(&context(), kill("c", "e", 15, false))).await),
+        Code::NOT_FOUND
+    );
+    assert_eq!(
+        code(soon(service.start(&context(), start("c", "e"))).await),
+        Code::FAILED_PRECONDITION
+    );
+    for _ in 0..2 {
+        service.close_io(&context(), close("e")).await.unwrap();
+    }
+    for answer in [
+        code(soon(service.resize_pty(&context(), resize("none"))).await),
+        code(soon(service.kill(&context(), kill("c", "none", 15, false))).await),
+        code(soon(service.start(&context(), start("c", "none"))).await),
+        code(service.close_io(&context(), close("none")).await),
+        code(service.state(&context(), state("c", "none")).await),
+        code(soon(service.delete(&context(), delete("c", "none"))).await),
+    ] {
+        assert_eq!(answer, Code::NOT_FOUND);
+    }
+    soon(theatre.pod.end()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_task_that_was_not_started_can_be_killed() {
+    let theatre = Theatre::open().await;
+    let service = TaskService::new(theatre.pod.clone());
+    theatre.create("c", "sleep").await.unwrap();
+    soon(service.kill(&context(), kill("c", "", 9, true)))
+        .await
+        .unwrap();
+    assert_eq!(soon(theatre.pod.wait("c", None)).await.unwrap().status, 137);
+    assert_eq!(
+        code(soon(service.start(&context(), start("c", ""))).await),
+        Code::FAILED_PRECONDITION
+    );
+    let deleted = soon(service.delete(&context(), delete("c", ""))).await.unwrap();
+    assert_eq!(deleted.exit_status, 137);
+    assert_eq!(theatre.heard().await, ["create", "exit c 137", "delete c 137"]);
+    soon(theatre.pod.end()).await;
+}

@@ -9,7 +9,7 @@ use ttrpc::Code;
 
 use super::{ANNOUNCE_TIMEOUT, Pod, name};
 use crate::{
-    engine::{Exit, ProcessStatus},
+    engine::{EngineError, Exit, ProcessStatus},
     front::{
         publish::timestamp,
         status::{self, answer},
@@ -50,6 +50,11 @@ impl Pod {
         }
         let mut announcements = match &started {
             Ok(()) => state.order.started(id, exec),
+            Err(EngineError::FailedPrecondition(_))
+                if matches!(sandbox.status(id, exec), Ok(ProcessStatus::Created)) =>
+            {
+                state.order.start_refused(id, exec)
+            }
             Err(_) => state.order.start_failed(id, exec),
         };
         if exec.is_none() {

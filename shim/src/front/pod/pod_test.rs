@@ -342,7 +342,12 @@ async fn a_pause_and_a_resume_are_told_in_order() {
     theatre.exec("c", "e", PROCESS).await.unwrap();
     let exec_pid = soon(pod.start("c", Some("e"))).await.unwrap();
     assert_eq!(code(soon(pod.resume("c")).await), Code::FAILED_PRECONDITION);
+    theatre.exec("c", "late", PROCESS).await.unwrap();
     soon(pod.pause("c")).await.unwrap();
+    assert_eq!(
+        code(soon(pod.start("c", Some("late"))).await),
+        Code::FAILED_PRECONDITION
+    );
     assert_eq!(code(soon(pod.pause("c")).await), Code::FAILED_PRECONDITION);
     assert_eq!(pod.view("c", None).unwrap().status, ProcessStatus::Paused);
     assert_eq!(pod.view("c", Some("e")).unwrap().status, ProcessStatus::Paused);
@@ -363,6 +368,10 @@ async fn a_pause_and_a_resume_are_told_in_order() {
     pod.close_io("c", None, true).unwrap();
     soon(pod.resume("c")).await.unwrap();
     assert_eq!(code(soon(pod.resume("c")).await), Code::FAILED_PRECONDITION);
+    // What was refused while it was paused can be done now.
+    soon(pod.start("c", Some("late"))).await.unwrap();
+    soon(pod.kill("c", Some("late"), 9, false)).await.unwrap();
+    soon(pod.wait("c", Some("late"))).await.unwrap();
     soon(pod.pause("c")).await.unwrap();
     soon(pod.kill("c", Some("e"), 9, false)).await.unwrap();
     soon(pod.wait("c", Some("e"))).await.unwrap();
@@ -379,8 +388,11 @@ async fn a_pause_and_a_resume_are_told_in_order() {
             "start",
             "exec-added",
             "exec-started",
+            "exec-added",
             "paused",
             "resumed",
+            "exec-started",
+            "exit late 137",
             "paused",
             "exit e 137",
             "exit c 137",
