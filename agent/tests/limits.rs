@@ -511,6 +511,48 @@ async fn a_lack_of_memory_is_told_before_the_exit() {
 }
 
 #[tokio::test]
+async fn a_limit_set_below_what_is_used_ends_the_container_and_not_the_agent() {
+    let host = Host::new().await;
+    if !has(&host, &["memory"]) {
+        return;
+    }
+    let mut spec = script("head -c 20000000 /dev/zero >/dev/shm/held; echo ready; sleep 1000");
+    spec["linux"]["resources"] = json!({"memory": {"limit": 67_108_864, "swap": 67_108_864}});
+    let mut streams = host.run("c", &spec).await;
+    let mut ready = [0u8; 6];
+    streams
+        .stdout
+        .as_mut()
+        .unwrap()
+        .read_exact(&mut ready)
+        .await
+        .unwrap();
+    let checked = json!({"memory": {"limit": 8_388_608, "swap": 8_388_608, "checkBeforeUpdate": true}});
+    let failure = host.update("c", &checked).await.unwrap_err().unwrap();
+    assert!(
+        failure
+            .message
+            .contains("rejecting memory limit 8388608 <= usage 2"),
+        "{}",
+        failure.message
+    );
+    assert_eq!(host.cgroup_file("c", "memory.max"), "67108864");
+    host.update("c", &json!({"memory": {"limit": 8_388_608, "swap": 8_388_608}}))
+        .await
+        .unwrap();
+    assert_eq!(host.cgroup_file("c", "memory.max"), "8388608");
+    assert_eq!(next_oom(&host).await, "c");
+    while host.stats("c").await.unwrap()["cgroup.events"].contains("populated 1") {
+        match host.next_event().await {
+            event::Kind::Oom(_) => {}
+            event::Kind::Exit(exit) => assert_eq!(exit.status, 137),
+            other => panic!("{other:?}"),
+        }
+    }
+    host.delete("c").await.unwrap();
+}
+
+#[tokio::test]
 async fn a_limit_too_low_for_the_init_is_named() {
     let host = Host::new().await;
     if !has(&host, &["memory"]) {
