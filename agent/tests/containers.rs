@@ -237,7 +237,7 @@ async fn a_container_sees_its_own_world() {
     let host = Host::new().await;
     let root = host.rootfs("c");
     // A volume, mounted read-only, through a link that would lead out.
-    let volume = host.directory.path().join("share/c/volumes/3");
+    let volume = host.directory.path().join("share/.volumes/3");
     fs::create_dir_all(&volume).unwrap();
     fs::write(volume.join("file"), "volume").unwrap();
     std::os::unix::fs::symlink("/../../../../../../srv", root.join("link")).unwrap();

@@ -8,6 +8,7 @@ use std::{collections::HashMap, fs, os::unix::fs::PermissionsExt};
 
 use common::{Host, script};
 use serde_json::{Value, json};
+use tokio::io::AsyncReadExt;
 
 /// Adds mounts to a spec; answers the index of the first.
 fn add(spec: &mut Value, mounts: &[Value]) -> u32 {
@@ -53,7 +54,7 @@ async fn options_are_seen_in_mountinfo() {
         ],
     );
     // A volume with a mount below it.
-    let volumes = host.directory.path().join("share/c/volumes");
+    let volumes = host.directory.path().join("share/.volumes");
     for number in 0..4 {
         let volume = volumes.join(number.to_string());
         fs::create_dir_all(volume.join("below")).unwrap();
@@ -151,4 +152,65 @@ async fn unknown_options_are_named() {
             failure.message
         );
     }
+}
+
+#[tokio::test]
+async fn containers_see_each_others_mounts_if_they_share_a_volume() {
+    let host = Host::new().await;
+    fs::create_dir_all(host.directory.path().join("share/.volumes/0/sub")).unwrap();
+    let pid = host.agent_pid();
+    let mounts = || {
+        fs::read_to_string(format!("/proc/{pid}/mountinfo"))
+            .unwrap()
+            .lines()
+            .count()
+    };
+    let before = mounts();
+    let create = async |id: &str, propagation: &str| {
+        host.rootfs(id);
+        let mut spec = script("echo up; cat; cat /v/sub/file; echo end");
+        let index = add(
+            &mut spec,
+            &[
+                json!({"destination": "/v", "type": "bind", "source": "/x", "options": ["rbind", propagation]}),
+            ],
+        );
+        let all = json!(["CAP_SYS_ADMIN"]);
+        spec["process"]["capabilities"] = json!({"bounding": all, "permitted": all, "effective": all});
+        if id == "maker" {
+            spec["process"]["args"][2] =
+                json!("mount -t tmpfs x /v/sub && echo shared > /v/sub/file && echo up; cat");
+        }
+        let created = host.try_create_with(id, &spec, HashMap::from([(index, 0)])).await;
+        let mut streams = created.unwrap_or_else(|failure| panic!("{}", failure.message));
+        host.try_start(id).await.unwrap();
+        let mut up = [0u8; 3];
+        streams
+            .stdout
+            .as_mut()
+            .unwrap()
+            .read_exact(&mut up)
+            .await
+            .unwrap();
+        streams
+    };
+    let mut slave = create("slave", "rslave").await;
+    let mut private = create("private", "rprivate").await;
+    let mut peer = create("peer", "rshared").await;
+    let mut maker = create("maker", "rshared").await;
+    let mut late = create("late", "rslave").await;
+    for (id, streams, sees) in [
+        ("slave", &mut slave, true),
+        ("private", &mut private, false),
+        ("peer", &mut peer, true),
+        ("late", &mut late, true),
+        ("maker", &mut maker, false),
+    ] {
+        streams.stdin = None;
+        let (stdout, _) = streams.read().await;
+        assert_eq!(stdout.contains("shared"), sees, "{id}: {stdout}");
+        assert_eq!(host.next_exit().await.0, id);
+        host.delete(id).await.unwrap();
+    }
+    assert_eq!(mounts(), before);
 }

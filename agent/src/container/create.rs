@@ -3,6 +3,7 @@
 //! namespace that nobody else is in.
 
 use std::{
+    collections::HashMap,
     convert::Infallible,
     ffi::{CStr, CString},
     io,
@@ -50,11 +51,12 @@ pub fn visit_mounts(plan: &ContainerPlan) {
 }
 
 /// Makes the container that `plan` says and execs its command when the agent says go. `stage` is what has been entered
-/// before, and `handed` what was made there.
+/// before, with what was made there; `peers` are mounts of volumes, made already, by their index.
 pub fn run(
     id: &str,
     plan: &ContainerPlan,
     stage: Option<(&Stage, Handed)>,
+    peers: &HashMap<usize, OwnedFd>,
     stdio: &ProcessEnd,
     reporter: &Reporter,
 ) -> Result<Infallible, Fault> {
@@ -91,7 +93,8 @@ pub fn run(
 
     let root = attach_root(&plan.rootfs)?;
     for (index, mount) in plan.mounts.iter().enumerate() {
-        mount.apply(&root, handed.mounts.get(&index))?;
+        let made = handed.mounts.get(&index).or_else(|| peers.get(&index));
+        mount.apply(&root, made)?;
     }
     if !plan.mounts.iter().any(|mount| mount.is_host_dev()) {
         devices::make(&plan.devices, &handed.devices, &root)?;
@@ -155,10 +158,8 @@ fn enter_root(root: &Root) -> Result<(), Fault> {
     let failed = |error: io::Error| Fault::system("pivot_root", error);
     nix::unistd::fchdir(root.directory()).map_err(|error| failed(error.into()))?;
     sys::pivot_root_here().map_err(failed)?;
-    // The old root is on top of the new one now. Its unmounting must not reach the agent's mounts.
-    let none = None::<&str>;
-    mount(none, ".", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none)
-        .map_err(|error| failed(error.into()))?;
+    // The old root is on top of the new one now. It was made a slave of the agent's, whom its unmounting does not reach.
+    // (A change of propagation here would be one of the new root: only umount2(2) looks for what is on top of ".".)
     umount2(".", MntFlags::MNT_DETACH).map_err(|error| failed(error.into()))?;
     nix::unistd::chdir("/").map_err(|error| failed(error.into()))
 }

@@ -53,6 +53,15 @@ enum Source {
     New(CString, Option<CString>),
 }
 
+/// Whether mounts made in a volume are seen elsewhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Propagation {
+    /// Mounts made elsewhere are seen here.
+    Slave,
+    /// And those made here elsewhere.
+    Shared,
+}
+
 /// Reads `mounts`. `volumes` gives the number of the volume in `directory` that is the source of a bind mount.
 ///
 /// # Errors
@@ -169,6 +178,21 @@ impl MountPlan {
         }
     }
 
+    /// How mounts in it are shared with other containers; `None` for not at all.
+    pub fn propagation(&self) -> Option<Propagation> {
+        let has = |kind: u64| self.options.propagation.iter().any(|(set, _)| *set == kind);
+        if has(libc::MS_SHARED) {
+            Some(Propagation::Shared)
+        } else {
+            has(libc::MS_SLAVE).then_some(Propagation::Slave)
+        }
+    }
+
+    /// Whether a bind mount comes with the mounts below its source.
+    pub fn is_recursive(&self) -> bool {
+        self.options.bind.unwrap_or(false)
+    }
+
     /// Whether this replaces the container's `/dev` by a directory of the host, which has its own devices then.
     pub fn is_host_dev(&self) -> bool {
         matches!(self.source, Source::Bind(_)) && self.is_dev()
@@ -183,8 +207,8 @@ impl MountPlan {
         matches!(&self.source, Source::New(kind, _) if kind.as_c_str() == c"sysfs")
     }
 
-    /// Mounts it in `root`, in the calling process's mount namespace. `handed` is the new file system if it has been
-    /// made already ([`Self::make_new`]).
+    /// Mounts it in `root`, in the calling process's mount namespace. `handed` is the detached mount if it has been made
+    /// already.
     pub fn apply(&self, root: &Root, handed: Option<&OwnedFd>) -> Result<(), Fault> {
         let failed = |what: &'static str| {
             let name = &self.name;
@@ -208,11 +232,11 @@ impl MountPlan {
                 let (place, _) = root
                     .ensure(&self.destination, kind)
                     .map_err(failed("mount point"))?;
-                let recursive = self.options.bind.unwrap_or(false);
-                (
-                    sys::clone_tree(source.as_fd(), recursive).map_err(failed("bind"))?,
-                    place,
-                )
+                let tree = match handed {
+                    Some(tree) => tree.try_clone().map_err(failed("bind"))?,
+                    None => sys::clone_tree(source.as_fd(), self.is_recursive()).map_err(failed("bind"))?,
+                };
+                (tree, place)
             }
             Source::New(kind, source) => {
                 let (place, existed) = root
@@ -308,7 +332,7 @@ mod tests {
         plan(
             &mounts,
             &volumes.iter().copied().collect(),
-            Path::new("/share/c/volumes"),
+            Path::new("/share/.volumes"),
         )
     }
 
@@ -316,7 +340,7 @@ mod tests {
     fn binds_come_from_the_share_only() {
         let bind = r#"[{"destination":"/data","type":"bind","source":"/srv","options":["rbind","ro"]}]"#;
         let plans = plan_json(bind, &[(0, 3)]).unwrap();
-        assert!(matches!(&plans[0].source, Source::Bind(path) if path == Path::new("/share/c/volumes/3")));
+        assert!(matches!(&plans[0].source, Source::Bind(path) if path == Path::new("/share/.volumes/3")));
         let fault = plan_json(bind, &[]).unwrap_err();
         assert!(
             fault.message.starts_with("mounts[0] (/data).source: "),

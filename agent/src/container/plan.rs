@@ -17,6 +17,9 @@ use super::{
 };
 use crate::{fault::Fault, process::plan::ProcessPlan};
 
+/// Where the sandbox's volumes are in the share.
+const VOLUMES: &str = ".volumes";
+
 /// A container to be.
 #[derive(Debug)]
 pub struct ContainerPlan {
@@ -42,15 +45,15 @@ pub struct ContainerPlan {
 }
 
 impl ContainerPlan {
-    /// Reads `spec`. `directory` is the container's directory in the share, `volumes` as in [`mounts::plan`], `joined`
-    /// as in [`Namespaces::new`].
+    /// Reads `spec` of the container `id`, which has its directory in `share`; `volumes` as in [`mounts::plan`],
+    /// `joined` as in [`Namespaces::new`].
     ///
     /// # Errors
     ///
     /// A field is wrong, or is one that husk does not apply.
     pub fn new(
         spec: &Spec,
-        directory: &Path,
+        (share, id): (&Path, &str),
         volumes: &HashMap<u32, u32>,
         joined: &HashMap<String, String>,
     ) -> Result<Self, Fault> {
@@ -114,13 +117,13 @@ impl ContainerPlan {
         let mounts = mounts::plan(
             spec.mounts().as_deref().unwrap_or_default(),
             volumes,
-            &directory.join("volumes"),
+            &share.join(VOLUMES),
         )?;
         Ok(Self {
             process,
             time_offsets: TimeOffsets::new(linux.time_offsets(), namespaces.time.is_new())?,
             mappings,
-            rootfs: directory.join("rootfs"),
+            rootfs: share.join(id).join("rootfs"),
             read_only: spec
                 .root()
                 .as_ref()
@@ -159,7 +162,12 @@ mod tests {
 
     fn plan(json: &str) -> Result<ContainerPlan, Fault> {
         let spec = serde_json::from_str(json).unwrap();
-        ContainerPlan::new(&spec, Path::new("/share/c"), &HashMap::new(), &HashMap::new())
+        ContainerPlan::new(
+            &spec,
+            (Path::new("/share"), "c"),
+            &HashMap::new(),
+            &HashMap::new(),
+        )
     }
 
     const PROCESS: &str = r#""process":{"user":{},"cwd":"/","args":["sh"]}"#;
@@ -252,14 +260,14 @@ mod tests {
         #[test]
         fn any_document_is_a_plan_or_a_fault(value in json()) {
             if let Ok(spec) = serde_json::from_value::<Spec>(value) {
-                let _ = ContainerPlan::new(&spec, Path::new("/share/c"), &HashMap::new(), &HashMap::new());
+                let _ = ContainerPlan::new(&spec, (Path::new("/share"), "c"), &HashMap::new(), &HashMap::new());
             }
         }
 
         #[test]
         fn any_bytes_are_a_plan_or_a_fault(bytes in prop::collection::vec(any::<u8>(), 0..256)) {
             if let Ok(spec) = serde_json::from_slice::<Spec>(&bytes) {
-                let _ = ContainerPlan::new(&spec, Path::new("/share/c"), &HashMap::new(), &HashMap::new());
+                let _ = ContainerPlan::new(&spec, (Path::new("/share"), "c"), &HashMap::new(), &HashMap::new());
             }
         }
     }

@@ -46,7 +46,7 @@ impl Sandbox {
         let spec: Spec = document::read(&request.spec_json, "")?;
         let mut plan = ContainerPlan::new(
             &spec,
-            &self.config.share.join(&id),
+            (&self.config.share, &id),
             &request.volumes,
             &request.joined_namespaces,
         )?;
@@ -107,6 +107,7 @@ impl Sandbox {
         } else {
             None
         };
+        let held = state.peers.take(plan)?;
         let Entry::Vacant(place) = state.containers.entry(id.to_owned()) else {
             return Err(Error::AlreadyExists(format!("container {id}")));
         };
@@ -125,7 +126,15 @@ impl Sandbox {
         };
         let score = plan.process.shared.oom_score_adj;
         let mut keep = descriptors(&process_end);
-        let run = |stage, reporter: &Reporter| match create::run(id, plan, stage, &process_end, reporter) {
+        keep.extend(held.mounts.values().map(AsRawFd::as_raw_fd));
+        let run = |stage, reporter: &Reporter| match create::run(
+            id,
+            plan,
+            stage,
+            &held.mounts,
+            &process_end,
+            reporter,
+        ) {
             Err(fault) => fault,
             Ok(never) => match never {},
         };
@@ -182,6 +191,7 @@ impl Sandbox {
             pidfd: Arc::new(pidfd),
             execs: HashMap::new(),
             cgroup,
+            _peers: held.peers,
             namespaces: plan.namespaces.clone(),
             mappings,
             shared: plan.process.shared.clone(),

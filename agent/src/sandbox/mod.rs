@@ -9,6 +9,7 @@ mod exec;
 mod launching;
 mod limits;
 mod pause;
+mod peers;
 mod state;
 
 use std::{

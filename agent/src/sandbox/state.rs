@@ -4,7 +4,10 @@ use std::{collections::HashMap, os::fd::OwnedFd, sync::Arc};
 
 use tokio::{io::unix::AsyncFd, sync::watch, task::JoinHandle};
 
-use super::Error;
+use super::{
+    Error,
+    peers::{Peer, Peers},
+};
 use crate::{
     bpf::DeviceFilter,
     container::{cgroup::Cgroup, namespaces::Namespaces, resources::Standing, user::Mappings},
@@ -91,6 +94,8 @@ pub(super) struct Container {
     pub(super) pidfd: Arc<OwnedFd>,
     pub(super) execs: HashMap<String, Process>,
     pub(super) cgroup: Arc<Cgroup>,
+    /// Mounts over its volumes.
+    pub(super) _peers: Vec<Arc<Peer>>,
     pub(super) namespaces: Namespaces,
     /// Of its user namespace, unless that is the sandbox's.
     pub(super) mappings: Option<Mappings>,
@@ -122,6 +127,8 @@ pub(super) struct State {
     pub(super) containers: HashMap<String, Container>,
     /// Which process of which container a pid is; `None`: the init process.
     pub(super) owners: HashMap<i32, (String, Option<String>)>,
+    /// Volumes through which containers see each other's mounts.
+    pub(super) peers: Peers,
 }
 
 impl State {

@@ -135,7 +135,7 @@ impl Sandbox {
             remove_mount_points(&shown)
         });
         self.step("share")?;
-        for dir in [base.clone(), base.join("rootfs"), base.join("volumes")] {
+        for dir in [base.clone(), base.join("rootfs")] {
             DirBuilder::new()
                 .mode(0o755)
                 .create(&dir)
@@ -153,11 +153,13 @@ impl Sandbox {
             .map_err(host("cannot show the guest the root file system", root))?;
 
         let mut numbers = Vec::with_capacity(needs.volumes.len());
-        for (number, volume) in (0u32..).zip(&needs.volumes) {
+        for volume in &needs.volumes {
             self.step("volume")?;
-            volume
-                .make(&base.join("volumes").join(number.to_string()))
+            let volumes = Arc::clone(&self.parts.volumes);
+            let number = volumes
+                .take(volume)
                 .map_err(|error| EngineError::InvalidSpec(chain(&error)))?;
+            undo.push("remove a volume", move || volumes.release(number));
             numbers.push((volume.index, number));
         }
         Ok(numbers)

@@ -17,6 +17,7 @@ mod status;
 mod streams;
 mod table;
 mod undo;
+mod volumes;
 
 #[cfg(test)]
 mod player_test;

@@ -15,7 +15,7 @@ use tokio::{
 use super::{
     EngineError, Event, Exit, ProcessInfo, ProcessStatus, SandboxConfig, StartError, Stdio,
     error::last_words, hooks::Lives, lock, places::Places, record::Record, spec, standins::StandIns, start,
-    streams::Streams, table::Table, undo::Undo,
+    streams::Streams, table::Table, undo::Undo, volumes::Volumes,
 };
 use crate::{
     guest::{
@@ -67,6 +67,7 @@ pub(super) struct Parts {
     pub record: Arc<Mutex<Record>>,
     pub standins: Arc<StandIns>,
     pub lives: Lives,
+    pub volumes: Arc<Volumes>,
     pub undo: Mutex<Undo>,
     pub ended: watch::Receiver<Option<Ended>>,
     /// Set when the end is wanted.

@@ -91,6 +91,13 @@ impl Stage {
         self.dir.path().join("run/ns/s/share")
     }
 
+    /// How many containers and volumes are in the share.
+    fn shown(&self) -> usize {
+        let count = |path: &Path| fs::read_dir(path).into_iter().flatten().count();
+        let volumes = self.share().join(".volumes");
+        count(&self.share()) - usize::from(volumes.exists()) + count(&volumes)
+    }
+
     fn mounts(&self) -> Vec<String> {
         let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
         let below = self.dir.path().to_str().unwrap();
@@ -161,7 +168,7 @@ async fn a_container_lives_and_nothing_is_left() {
         .await
         .unwrap();
     assert_eq!(
-        fs::read(stage.share().join("c/volumes/0/precious")).unwrap(),
+        fs::read(stage.share().join(".volumes/0/precious")).unwrap(),
         b"data"
     );
     assert!(stage.share().join("c/rootfs/bin").is_dir());
@@ -179,7 +186,7 @@ async fn a_container_lives_and_nothing_is_left() {
         sandbox.wait("c", None).await,
         Err(EngineError::NotFound(_))
     ));
-    assert_eq!(fs::read_dir(stage.share()).unwrap().count(), 0);
+    assert_eq!(stage.shown(), 0);
     tokio::join!(soon(sandbox.shutdown()), soon(sandbox.shutdown()));
     assert_eq!(story(&mut events).await, ["c/:7", "it was shut down"]);
     let calls = [
@@ -425,7 +432,7 @@ async fn a_guest_that_clings_to_a_container_loses_it() {
     soon(sandbox.start_container("c")).await.unwrap();
     soon(sandbox.wait("c", None)).await.unwrap();
     soon(sandbox.delete_container("c")).await.unwrap();
-    assert_eq!(fs::read_dir(stage.share()).unwrap().count(), 0);
+    assert_eq!(stage.shown(), 0);
     soon(sandbox.shutdown()).await;
     stage.assert_nothing_is_left();
 }
@@ -503,7 +510,7 @@ async fn a_creation_that_fails_at_any_step_leaves_nothing() {
             ..Mount::default()
         }];
         soon(sandbox.create(request)).await.unwrap_err();
-        assert_eq!(fs::read_dir(stage.share()).unwrap().count(), 0, "{fault}");
+        assert_eq!(stage.shown(), 0, "{fault}");
         assert_eq!(stage.mounts().len(), 1, "only the share is mounted after {fault}");
         assert!(sandbox.containers().is_empty());
         assert_eq!(lock(&sandbox.parts.record).mounts, [] as [PathBuf; 0]);
@@ -545,7 +552,7 @@ async fn bad_requests_are_refused_with_the_codes_that_users_know() {
     })
     .await;
     assert!(error.to_string().contains("missing"), "{error}");
-    assert_eq!(fs::read_dir(stage.share()).unwrap().count(), 0);
+    assert_eq!(stage.shown(), 0);
     soon(sandbox.create(stage.request("c", "exit0", Stdio::default())))
         .await
         .unwrap();
@@ -598,7 +605,7 @@ async fn a_stale_directory_is_taken_over() {
     fs::create_dir_all(stage.share().join("c/rootfs")).unwrap();
     fs::write(stage.dir.path().join("run/ns/s/state.json"), "torn").unwrap();
     let (sandbox, _events) = stage.start().await;
-    assert_eq!(fs::read_dir(stage.share()).unwrap().count(), 0);
+    assert_eq!(stage.shown(), 0);
     soon(sandbox.shutdown()).await;
     stage.assert_nothing_is_left();
 }

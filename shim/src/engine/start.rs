@@ -25,6 +25,7 @@ use super::{
     status::{self, Keeper, Status},
     table::{After, Table},
     undo::Undo,
+    volumes::Volumes,
 };
 use crate::{
     guest::{
@@ -186,6 +187,7 @@ pub(super) async fn start(
         record: Arc::new(Mutex::new(record)),
         standins: Arc::new(StandIns::new(config.programs.standin)),
         lives: Lives::default(),
+        volumes: Arc::new(Volumes::new(&share)),
         undo: Mutex::new(undo),
         ended,
         stopping,

@@ -3,7 +3,7 @@
 use std::{
     fs::{self, File},
     io,
-    os::fd::AsFd,
+    os::fd::{AsFd, AsRawFd, BorrowedFd},
     path::{Path, PathBuf},
 };
 
@@ -32,6 +32,44 @@ pub struct Volume {
     pub read_only_below: bool,
     /// Whose its files appear to be.
     pub id_map: Option<IdMap>,
+}
+
+/// Which file something is, and through which mount.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileId {
+    device: (u32, u32),
+    inode: u64,
+    mount: u64,
+}
+
+impl FileId {
+    /// That of an open file.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn of(file: BorrowedFd<'_>) -> io::Result<Self> {
+        let mut found = std::mem::MaybeUninit::<libc::statx>::zeroed();
+        // SAFETY: the path is an empty C string and the buffer is of the kernel's size.
+        let result = unsafe {
+            libc::statx(
+                file.as_raw_fd(),
+                c"".as_ptr(),
+                libc::AT_EMPTY_PATH,
+                libc::STATX_INO | libc::STATX_MNT_ID,
+                found.as_mut_ptr(),
+            )
+        };
+        if result != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: zeroed and then filled by the kernel; every bit pattern is a valid statx.
+        let found = unsafe { found.assume_init() };
+        Ok(Self {
+            device: (found.stx_dev_major, found.stx_dev_minor),
+            inode: found.stx_ino,
+            mount: found.stx_mnt_id,
+        })
+    }
 }
 
 /// Why a volume could not be made.
