@@ -85,9 +85,10 @@ pub(super) async fn start(
     // What an operator sees of it: our log, and the guest's console.
     let operator = &config.operator;
     let (log, console) = (config.log.clone(), RingLog::default());
-    let logs = [log.clone(), console.clone()];
+    let (our_log, guest_console) = (log.clone(), console.clone());
     undo.push("remove the logs", move || {
-        logs.iter().fold(Ok(()), |result, log| result.and(log.close()))
+        // Both, whatever becomes of the first.
+        our_log.close().and(guest_console.close())
     });
     places
         .step("logs")

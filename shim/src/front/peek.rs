@@ -53,7 +53,7 @@ pub fn peek(args: &PeekArgs, what: What) -> Result<u8, Failure> {
     let shown = if args.follow {
         follow(&path, args.tail, &mut out)
     } else {
-        ringlog::read(&path).and_then(|kept| {
+        ringlog::read(&path).and_then(|(kept, _)| {
             out.show(last_lines(&kept, args.tail))?;
             out.end()
         })
@@ -154,7 +154,7 @@ fn follow<W: Write>(path: &Path, tail: Option<usize>, out: &mut Out<W>) -> io::R
         | AddWatchFlags::IN_DELETE
         | AddWatchFlags::IN_DELETE_SELF;
     watch.add_watch(directory, flags)?;
-    let (mut file, kept) = begin(path)?;
+    let (kept, mut file) = ringlog::read(path)?;
     out.show(last_lines(&kept, tail))?;
     let mut buffer = vec![0; CHUNK];
     loop {
@@ -186,17 +186,6 @@ fn follow<W: Write>(path: &Path, tail: Option<usize>, out: &mut Out<W>) -> io::R
             Err(error) => return Err(error),
         }
     }
-}
-
-/// The newer file, at its end, and all that is kept.
-fn begin(path: &Path) -> io::Result<(File, Vec<u8>)> {
-    let mut file = File::open(path)?;
-    let mut kept = Vec::new();
-    if let Ok(mut older) = File::open(ringlog::older(path)) {
-        older.read_to_end(&mut kept)?;
-    }
-    file.read_to_end(&mut kept)?;
-    Ok((file, kept))
 }
 
 struct Shown<'a, W: Write>(&'a mut Out<W>);

@@ -4,7 +4,7 @@
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, Read, Write},
-    os::unix::fs::OpenOptionsExt,
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
 };
@@ -134,19 +134,33 @@ pub fn remove(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// What is kept of the log at `path`.
+/// What is kept of the log at `path`, and its newer file, read to its end.
 ///
 /// # Errors
 /// `NotFound` when there is none.
-pub fn read(path: &Path) -> io::Result<Vec<u8>> {
-    // The newer one first: if they change places meanwhile, nothing is read twice.
-    let newer = File::open(path)?;
+pub fn read(path: &Path) -> io::Result<(Vec<u8>, File)> {
+    let (older, mut newer) = loop {
+        let older = older(path);
+        let newer = match File::open(path) {
+            // Just now the newer one became the older one.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => break (None, File::open(older)?),
+            other => other?,
+        };
+        let older = File::open(older).ok();
+        let is_newer =
+            |older: &File| -> io::Result<bool> { Ok(older.metadata()?.ino() == newer.metadata()?.ino()) };
+        match older {
+            // They changed places meanwhile.
+            Some(older) if is_newer(&older)? => continue,
+            older => break (older, newer),
+        }
+    };
     let mut all = Vec::new();
-    if let Ok(older) = File::open(older(path)) {
+    if let Some(older) = older {
         older.take(MAX_READ).read_to_end(&mut all)?;
     }
-    newer.take(MAX_READ).read_to_end(&mut all)?;
-    Ok(all)
+    (&mut newer).take(MAX_READ).read_to_end(&mut all)?;
+    Ok((all, newer))
 }
 
 #[cfg(test)]
@@ -160,16 +174,16 @@ mod tests {
         let log = RingLog::default();
         log.append(b"before\n");
         log.open(&path, 2000).unwrap();
-        assert_eq!(read(&path).unwrap(), b"before\n");
+        assert_eq!(read(&path).unwrap().0, b"before\n");
         for number in 0..1000 {
             log.clone().append(format!("line {number}\n").as_bytes());
         }
-        let kept = read(&path).unwrap();
+        let kept = read(&path).unwrap().0;
         assert!((900..=2000).contains(&kept.len()), "{}", kept.len());
         let kept = String::from_utf8(kept).unwrap();
         assert!(kept.ends_with("line 998\nline 999\n"));
         log.append(&vec![b'x'; 100_000]);
-        assert!(read(&path).unwrap().len() <= 2000);
+        assert!(read(&path).unwrap().0.len() <= 2000);
         log.close().unwrap();
         log.append(b"after");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
