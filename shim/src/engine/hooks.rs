@@ -48,6 +48,14 @@ impl Poststop {
 }
 
 impl Sandbox {
+    /// How long a container's start may take in the guest on account of its hooks there.
+    pub(super) fn time_of_start(&self, id: &str) -> Duration {
+        let lives = lock(&self.parts.lives.0);
+        lives
+            .get(id)
+            .map_or(Duration::ZERO, |life| life.hooks.time_in_guest())
+    }
+
     /// Makes a container's hooks known; from now on its poststop hooks will run.
     pub(super) fn begin_hooks(
         &self,

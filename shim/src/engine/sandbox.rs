@@ -189,10 +189,15 @@ impl Sandbox {
     /// is then stopped with the error's exit code.
     pub async fn start_container(&self, id: &str) -> Result<(), EngineError> {
         self.table().begin_start(id)?;
-        let result = self.parts.agent.start_container(id).await;
+        let in_hooks = self.time_of_start(id);
+        let result = self.parts.agent.start_container(id, in_hooks).await;
         self.table()
             .finish_start(id, None, result.as_ref().map(|()| None));
         if let Err(error) = result {
+            if matches!(error, EngineError::Deadline { .. }) {
+                // It hangs in a hook, or worse, and must not run later.
+                self.kill_and_wait(id).await;
+            }
             return Err(self.explain(error).await);
         }
         match self.run_hooks(id, Phase::Poststart).await {

@@ -209,17 +209,21 @@ impl Agent {
         pid("CreateContainer", answer.pid)
     }
 
-    /// Lets the init process exec.
+    /// Lets the init process exec, once its hooks have run, which may take `in_hooks`.
     ///
     /// # Errors
     /// As [`Agent::create_container`].
-    pub async fn start_container(&self, id: &str) -> Result<(), EngineError> {
+    pub async fn start_container(&self, id: &str, in_hooks: Duration) -> Result<(), EngineError> {
         let request = wire::StartContainerRequest {
             container_id: id.to_owned(),
             ..Default::default()
         };
         let answer = self
-            .call("StartContainer", self.client.start_container(context(), &request))
+            .call_within(
+                "StartContainer",
+                self.patience + in_hooks,
+                self.client.start_container(context(), &request),
+            )
             .await?;
         failed(answer.failure.into_option())
     }
@@ -442,6 +446,15 @@ impl Agent {
         call: &'static str,
         answer: impl Future<Output = ttrpc::Result<T>>,
     ) -> Result<T, EngineError> {
+        self.call_within(call, self.patience, answer).await
+    }
+
+    async fn call_within<T>(
+        &self,
+        call: &'static str,
+        patience: Duration,
+        answer: impl Future<Output = ttrpc::Result<T>>,
+    ) -> Result<T, EngineError> {
         let now = Instant::now();
         // A call may be sent ahead of the agent's first answer; its time starts with that.
         let from = if self.hello.borrow().is_some() {
@@ -449,7 +462,7 @@ impl Agent {
         } else {
             self.hello_by.max(now)
         };
-        match timeout_at(from + self.patience, answer).await {
+        match timeout_at(from + patience, answer).await {
             Ok(Ok(answer)) => Ok(answer),
             Ok(Err(error)) => {
                 if !matches!(error, ttrpc::Error::RpcStatus(_)) {

@@ -54,6 +54,8 @@ pub struct Hooks {
     prestart: Vec<Hook>,
     create_runtime: Vec<Hook>,
     create_container: Vec<Hook>,
+    /// The guest's; here for how long they may take.
+    start_container: Vec<Hook>,
     poststart: Vec<Hook>,
     poststop: Vec<Hook>,
 }
@@ -112,6 +114,14 @@ impl Hooks {
             Phase::Poststart => &self.poststart,
             Phase::Poststop => &self.poststop,
         }
+    }
+
+    /// How long the startContainer hooks may take in the guest, by their timeouts.
+    pub fn time_in_guest(&self) -> Duration {
+        let seconds = self.start_container.iter().filter_map(|hook| hook.timeout);
+        let seconds = seconds.filter_map(|seconds| u64::try_from(seconds).ok());
+        // What is above a day is as good as for ever, and does not overflow a clock.
+        Duration::from_secs(seconds.fold(0, u64::saturating_add).min(86_400))
     }
 
     /// Whether they can be run at all.
@@ -465,6 +475,20 @@ impl Drop for Tail {
 mod tests {
     use super::*;
     use std::{fs, os::unix::fs::PermissionsExt, time::Instant};
+
+    #[test]
+    fn hooks_in_the_guest_take_as_long_as_they_may() {
+        let time = |json: &str| serde_json::from_str::<Hooks>(json).unwrap().time_in_guest();
+        assert_eq!(time("{}"), Duration::ZERO);
+        assert_eq!(
+            time(
+                r#"{"startContainer":[{"path":"/x","timeout":40},{"path":"/x"},{"path":"/x","timeout":2}]}"#
+            ),
+            Duration::from_secs(42)
+        );
+        let endless = format!(r#"{{"startContainer":[{{"path":"/x","timeout":{}}}]}}"#, i64::MAX);
+        assert_eq!(time(&endless), Duration::from_secs(86_400));
+    }
 
     struct Stage(tempfile::TempDir);
 
