@@ -353,9 +353,8 @@ impl Machine {
             how = self.fsd.ended() => format!("husk-fsd {how}"),
         };
         // When the VMM ends so does the file server, which has less to take down and may be seen first.
-        match timeout(DYING, self.vmm.ended()).await {
-            Ok(vmm @ End::Killed(_)) => how = format!("husk-vmm {vmm}"),
-            _ => {}
+        if let Ok(vmm @ End::Killed(_)) = timeout(DYING, self.vmm.ended()).await {
+            how = format!("husk-vmm {vmm}");
         }
         let _ = timeout(LAST_WORDS, async {
             while let Some(report) = self.report(&control).await {
