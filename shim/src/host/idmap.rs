@@ -80,6 +80,20 @@ impl IdMap {
     }
 }
 
+/// Reads ranges as containerd's mount options have them: `inside:outside:size`, separated by commas.
+pub fn parse(text: &str) -> Option<Vec<Range>> {
+    let range = |text: &str| {
+        let mut numbers = text.split(':').map(|number| number.parse::<u32>().ok());
+        let range = Range {
+            inside: numbers.next()??,
+            outside: numbers.next()??,
+            size: numbers.next()??,
+        };
+        numbers.next().is_none().then_some(range)
+    };
+    text.split(',').map(range).collect()
+}
+
 /// A process that does nothing but be in a user namespace of its own. Ended when dropped.
 struct Member {
     pid: Pid,

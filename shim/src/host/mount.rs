@@ -2,10 +2,14 @@
 
 use std::{
     ffi::CString,
-    fs, io,
+    fs::{self, DirBuilder},
+    io,
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
-        unix::ffi::{OsStrExt, OsStringExt},
+        unix::{
+            ffi::{OsStrExt, OsStringExt},
+            fs::DirBuilderExt,
+        },
     },
     path::{Path, PathBuf},
 };
@@ -15,6 +19,8 @@ use nix::{
     mount::{MntFlags, MsFlags, umount2},
 };
 
+use super::idmap::{self, IdMap};
+
 /// Options of a mount, sorted out: flags for the kernel, data for the file system.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
@@ -22,6 +28,8 @@ pub struct Options {
     pub flags: MsFlags,
     /// What is not a flag, in the given order.
     pub data: Vec<String>,
+    /// Whose the files appear to be (`uidmap=`, `gidmap=`).
+    pub id_map: Option<IdMap>,
 }
 
 impl Options {
@@ -33,20 +41,38 @@ impl Options {
         let mut parsed = Self {
             flags: MsFlags::empty(),
             data: Vec::new(),
+            id_map: None,
         };
+        let (mut users, mut groups) = (Vec::new(), Vec::new());
         for option in options {
+            let mapping = [("uidmap=", &mut users), ("gidmap=", &mut groups)]
+                .into_iter()
+                .find_map(|(name, ranges)| Some((option.strip_prefix(name)?, ranges)));
+            if let Some((text, ranges)) = mapping {
+                *ranges = idmap::parse(text).ok_or_else(|| option.clone())?;
+                continue;
+            }
             match option.as_str() {
                 "" | "defaults" => {}
                 "loop" | "user" | "users" | "_netdev" => return Err(option.clone()),
-                name if name.starts_with("uidmap=") || name.starts_with("gidmap=") => {
-                    return Err(option.clone());
-                }
                 name => match FLAGS.iter().find(|(known, ..)| *known == name) {
                     Some((_, true, flag)) => parsed.flags.insert(*flag),
                     Some((_, false, flag)) => parsed.flags.remove(*flag),
                     None => parsed.data.push(option.clone()),
                 },
             }
+        }
+        match (users.is_empty(), groups.is_empty()) {
+            (true, true) => {}
+            (false, false) => {
+                parsed.id_map = Some(IdMap {
+                    users,
+                    groups,
+                    recursive: false,
+                });
+            }
+            (true, false) => return Err("gidmap without uidmap".into()),
+            (false, true) => return Err("uidmap without gidmap".into()),
         }
         Ok(parsed)
     }
@@ -82,11 +108,88 @@ const FLAGS: &[(&str, bool, MsFlags)] = &[
 /// Most bytes of data that mount(2) takes: a page with its final zero.
 const MAX_DATA_LEN: usize = 4095;
 
-/// Mounts `source` of file system `kind` on `target` (mount(2)).
+/// Mounts `source` of file system `kind` on `target` (mount(2)). With a mapping of ids, that of an overlay is on its
+/// lower layers (the upper one has the ids already), and only an overlay and a bind mount can have one.
 ///
 /// # Errors
-/// The kernel's; `E2BIG` when the data does not fit into a page.
+/// The kernel's; `E2BIG` when the data does not fit into a page; `Unsupported` for a mapping of another file system.
 pub fn mount(kind: &str, source: &str, target: &Path, options: &Options) -> io::Result<()> {
+    let Some(map) = &options.id_map else {
+        return mount_plainly(kind, source, target, options);
+    };
+    let mut options = options.clone();
+    options.id_map = None;
+    if options.flags.contains(MsFlags::MS_BIND) {
+        let how = Clone {
+            recursive: options.flags.contains(MsFlags::MS_REC),
+            read_only: options.flags.contains(MsFlags::MS_RDONLY),
+            follow: false,
+        };
+        let from = open_path(Path::new(source))?;
+        return clone_tree_with(from.as_fd(), target, how, |tree| map.apply(tree));
+    }
+    if kind != "overlay" {
+        return Err(io::Error::new(
+            io::ErrorKind::Unsupported,
+            format!("a mount of type {kind} cannot be mapped (uidmap)"),
+        ));
+    }
+    // Overlay takes layers that are mounted somewhere: here, until it has them.
+    let places = MappedLayers::new(target)?;
+    for option in &mut options.data {
+        if let Some(layers) = option.strip_prefix("lowerdir=") {
+            let mut mapped = Vec::new();
+            for layer in layers.split(':') {
+                let place = places.add(mapped.len(), Path::new(layer), map)?;
+                mapped.push(place.display().to_string());
+            }
+            *option = format!("lowerdir={}", mapped.join(":"));
+        }
+    }
+    mount_plainly(kind, source, target, &options)
+}
+
+/// Mapped clones of layers, on directories beside the target. They go when dropped.
+struct MappedLayers(PathBuf);
+
+impl MappedLayers {
+    fn new(target: &Path) -> io::Result<Self> {
+        let mut name = target.file_name().unwrap_or_default().to_owned();
+        name.push(".layers");
+        let places = target.with_file_name(name);
+        DirBuilder::new().mode(0o700).create(&places)?;
+        Ok(Self(places))
+    }
+
+    fn add(&self, number: usize, layer: &Path, map: &IdMap) -> io::Result<PathBuf> {
+        let place = self.0.join(number.to_string());
+        fs::create_dir(&place)?;
+        let how = Clone {
+            recursive: false,
+            read_only: true,
+            follow: false,
+        };
+        clone_tree_with(open_path(layer)?.as_fd(), &place, how, |tree| map.apply(tree))?;
+        Ok(place)
+    }
+}
+
+impl Drop for MappedLayers {
+    fn drop(&mut self) {
+        // Directories with nothing in them but what is still mounted, which rmdir refuses.
+        let removed = unmount_below(&self.0).and_then(|()| {
+            for entry in fs::read_dir(&self.0)? {
+                fs::remove_dir(entry?.path())?;
+            }
+            fs::remove_dir(&self.0)
+        });
+        if let Err(error) = removed {
+            tracing::warn!(%error, path = %self.0.display(), "mapped layers are left behind");
+        }
+    }
+}
+
+fn mount_plainly(kind: &str, source: &str, target: &Path, options: &Options) -> io::Result<()> {
     let bind = options.flags.contains(MsFlags::MS_BIND);
     let (data, _held) = shortened(&options.data)?;
     let data = (!data.is_empty()).then_some(data.as_str());
@@ -346,6 +449,13 @@ mod tests {
         assert_eq!(parsed.flags, MsFlags::MS_BIND | MsFlags::MS_REC);
         assert_eq!(parsed.data, strings(&["lowerdir=/a:/b", "index=off"]));
         assert_eq!(Options::parse(&strings(&["ro", "loop"])), Err("loop".into()));
+        let mapped = Options::parse(&strings(&["uidmap=0:100000:65536,70000:5:1", "gidmap=0:7:9"])).unwrap();
+        let map = mapped.id_map.unwrap();
+        assert_eq!((map.users.len(), map.groups.len()), (2, 1));
+        assert_eq!(map.groups[0].outside, 7);
+        for wrong in ["uidmap=0:1:1", "uidmap=0:1", "gidmap=0:1:1", "uidmap=a:1:1"] {
+            assert!(Options::parse(&strings(&[wrong])).is_err(), "{wrong}");
+        }
     }
 
     #[test]
@@ -367,6 +477,7 @@ mod tests {
         let tmpfs = Options {
             flags: MsFlags::empty(),
             data: vec!["size=1m".into()],
+            id_map: None,
         };
         mount("tmpfs", "one", &source, &tmpfs).unwrap();
         fs::create_dir(source.join("below")).unwrap();
@@ -390,6 +501,64 @@ mod tests {
     }
 
     #[test]
+    fn an_overlay_of_mapped_layers_leaves_no_other_mount() {
+        use std::os::unix::fs::{MetadataExt, chown};
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        // Overlay cannot have its upper directory on an overlay, as a test machine's /tmp may be.
+        let tmpfs = Options::parse(&[]).unwrap();
+        mount("tmpfs", "test", dir.path(), &tmpfs).unwrap();
+        for name in ["one", "two", "upper", "work", "merged"] {
+            fs::create_dir(path(name)).unwrap();
+        }
+        fs::write(path("one/file"), "").unwrap();
+        fs::write(path("two/other"), "").unwrap();
+        chown(path("two/other"), Some(3), Some(4)).unwrap();
+        for name in ["upper", "merged"] {
+            chown(path(name), Some(100_000), Some(200_000)).unwrap();
+        }
+        let text = |name: &str| path(name).display().to_string();
+        let options = Options::parse(&[
+            format!("lowerdir={}:{}", text("one"), text("two")),
+            format!("upperdir={}", text("upper")),
+            format!("workdir={}", text("work")),
+            "uidmap=0:100000:65536".into(),
+            "gidmap=0:200000:65536".into(),
+        ])
+        .unwrap();
+        mount("overlay", "overlay", &path("merged"), &options).unwrap();
+        let owner = |name: &str| {
+            fs::metadata(path(name))
+                .map(|found| (found.uid(), found.gid()))
+                .unwrap()
+        };
+        assert_eq!(owner("merged/file"), (100_000, 200_000));
+        assert_eq!(owner("merged/other"), (100_003, 200_004));
+        // What is copied up has the ids for good.
+        fs::write(path("merged/other"), "changed").unwrap();
+        assert_eq!(owner("upper/other"), (100_003, 200_004));
+        assert_eq!(owner("two/other"), (3, 4));
+        assert!(!path("merged.layers").exists());
+        let table = fs::read("/proc/self/mountinfo").unwrap();
+        let left = mount_points(&table)
+            .into_iter()
+            .filter(|point| point.starts_with(dir.path()));
+        assert_eq!(left.collect::<Vec<_>>(), [dir.path().to_owned(), path("merged")]);
+        unmount(&path("merged")).unwrap();
+        let refused = mount(
+            "tmpfs",
+            "x",
+            &path("merged"),
+            &Options {
+                data: Vec::new(),
+                ..options
+            },
+        );
+        assert_eq!(refused.unwrap_err().kind(), io::ErrorKind::Unsupported);
+        unmount(dir.path()).unwrap();
+    }
+
+    #[test]
     fn an_overlay_of_very_many_layers_is_mounted() {
         let dir = tempfile::tempdir().unwrap();
         let name = "x".repeat(120);
@@ -406,6 +575,7 @@ mod tests {
         let options = Options {
             flags: MsFlags::empty(),
             data: vec![format!("lowerdir={}", layers.join(":"))],
+            id_map: None,
         };
         mount("overlay", "overlay", &merged, &options).unwrap();
         assert_eq!(fs::read_dir(&merged).unwrap().count(), 60);
