@@ -300,10 +300,13 @@ async fn an_update_changes_what_it_names_or_nothing() {
         assert_eq!(failure.kind.enum_value().unwrap(), failure::Kind::INVALID_SPEC);
         assert_eq!(host.cgroup_file("c", "hugetlb.2MB.max"), "0");
     }
-    for wrong in [json!(5), json!({"pids": "x"})] {
+    for (field, wrong) in [
+        ("linux.resources", json!(5)),
+        ("linux.resources.pids.limit", json!({"pids": {"limit": "x"}})),
+    ] {
         let failure = host.update("c", &wrong).await.unwrap_err().unwrap();
         assert!(
-            failure.message.starts_with("linux.resources: "),
+            failure.message.starts_with(&format!("{field}: ")),
             "{}",
             failure.message
         );

@@ -12,6 +12,7 @@ use crate::{
         device_rules::DeviceRules,
         resources::{self, Guest},
     },
+    document,
     fault::Fault,
 };
 
@@ -31,12 +32,11 @@ pub(super) fn attach_filter(
 }
 
 impl Sandbox {
-    /// Changes what `document`, a `linux.resources`, names. A failure changes nothing.
+    /// Changes what `json`, a `linux.resources`, names. A failure changes nothing.
     ///
     /// A limit of memory below what is used can take a while: the kernel reclaims, and kills, before it answers.
-    pub fn update(&self, id: &str, document: &[u8]) -> Result<(), Error> {
-        let resources: LinuxResources =
-            serde_json::from_slice(document).map_err(|error| Fault::spec("linux.resources", error))?;
+    pub fn update(&self, id: &str, json: &[u8]) -> Result<(), Error> {
+        let resources: LinuxResources = document::read(json, "linux.resources")?;
         let mut state = self.state();
         let container = state.container(id)?;
         if !container.init.phase.can_be_limited() || container.deleting {
