@@ -99,7 +99,7 @@ fn a_logging_program() {
         fs::write(
             &program,
             format!(
-                "#!/bin/sh\nexec >> {0} 2>&1\necho \"args $* id $CONTAINER_ID ns $CONTAINER_NAMESPACE\"\nexec 5>&-\n\
+                "#!/bin/sh\ntrap '' TERM\nexec >> {0} 2>&1\necho \"args $* id $CONTAINER_ID ns $CONTAINER_NAMESPACE\"\nexec 5>&-\n\
                  sed 's/^/stdout /' <&3 > {0}.out &\nsed 's/^/stderr /' <&4 > {0}.err\nwait\necho over\n",
                 log.display()
             ),

@@ -1,0 +1,176 @@
+//! Volumes while a container runs: what one side does the other sees.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixListener;
+use std::time::Duration;
+
+use serde_json::json;
+
+use crate::bundle::Bundle;
+use crate::case::Runtime;
+use crate::command::{Input, Running, eventually};
+
+/// Runs `script` in the foreground with the host's `volume` at /data (and read-only at /config), for `test`.
+fn each(name: &str, script: &str, prepare: impl Fn(&std::path::Path), test: impl Fn(Runtime, &mut Running, &std::path::Path)) {
+    for runtime in Runtime::all() {
+        eprintln!("under {runtime:?}");
+        let id = format!("{name}-{runtime:?}").to_lowercase();
+        let mut bundle = Bundle::new(&id);
+        let volume = bundle.path().join("volume");
+        fs::create_dir(&volume).unwrap();
+        prepare(&volume);
+        for (destination, options) in [("/data", json!(["rbind", "rw"])), ("/config", json!(["rbind", "ro"]))] {
+            bundle.mount(json!({"destination": destination, "type": "bind", "source": volume, "options": options}));
+        }
+        bundle.spec["process"]["args"] = json!(["sh", "-c", script]);
+        let config = bundle.write();
+        let argv = ["ctr", "run", "--rm", "--runtime", runtime.name(), "--config", config.to_str().unwrap(), &id];
+        let mut running = Running::start(&argv, Input::Nothing);
+        test(runtime, &mut running, &volume);
+        running.finish(Duration::from_secs(90)).expect_code(0);
+    }
+}
+
+#[test]
+fn changes_go_both_ways_while_it_runs() {
+    let script = "echo ready; until grep -q go /config/file; do sleep 0.2; done; echo seen; \
+                  until test -e /config/new/deep; do sleep 0.2; done; echo new; \
+                  until test ! -e /data/gone; do sleep 0.2; done; echo gone; \
+                  echo from the container > /data/back; mv /data/file /data/moved; rm /data/doomed; until test -e /data/end; do sleep 0.2; done";
+    each(
+        "both-ways",
+        script,
+        |volume| {
+            for file in ["file", "gone", "doomed"] {
+                fs::write(volume.join(file), "wait\n").unwrap();
+            }
+        },
+        |_, running, volume| {
+            running.wait_for("ready");
+            // In place, as an editor may, and another file under the old name, as others do.
+            fs::write(volume.join("file"), "go now\n").unwrap();
+            running.wait_for("seen");
+            fs::create_dir(volume.join("new")).unwrap();
+            fs::write(volume.join("new/deep"), "").unwrap();
+            running.wait_for("new");
+            fs::remove_file(volume.join("gone")).unwrap();
+            running.wait_for("gone");
+            eventually("the container's file", || {
+                (fs::read_to_string(volume.join("back")).ok()? == "from the container\n").then_some(())
+            });
+            eventually("the container's removal", || (!volume.join("doomed").exists() && volume.join("moved").exists()).then_some(()));
+            fs::write(volume.join("end"), "").unwrap();
+        },
+    );
+}
+
+/// How Kubernetes changes a configuration: a link is turned to a new directory.
+#[test]
+fn a_configuration_is_exchanged() {
+    let script = "cat /config/settings; echo ready; until grep -q two /config/settings; do sleep 0.2; done; cat /config/settings";
+    each(
+        "exchanged",
+        script,
+        |volume| {
+            fs::create_dir(volume.join("..one")).unwrap();
+            fs::write(volume.join("..one/settings"), "one\n").unwrap();
+            std::os::unix::fs::symlink("..one", volume.join("..data")).unwrap();
+            std::os::unix::fs::symlink("..data/settings", volume.join("settings")).unwrap();
+        },
+        |_, running, volume| {
+            running.wait_for("one\nready");
+            fs::create_dir(volume.join("..two")).unwrap();
+            fs::write(volume.join("..two/settings"), "two\n").unwrap();
+            std::os::unix::fs::symlink("..two", volume.join("..new")).unwrap();
+            fs::rename(volume.join("..new"), volume.join("..data")).unwrap();
+            fs::remove_dir_all(volume.join("..one")).unwrap();
+            running.wait_for("two");
+        },
+    );
+}
+
+#[test]
+fn inotify_of_changes_made_inside() {
+    let script = "mkdir /data/d; inotifyd - /data/d:nwdym > /data/events & sleep 1; echo x > /data/d/made; mv /data/d/made /data/d/moved; rm /data/d/moved; \
+                  for n in 1 2 3 4 5 6 7 8 9 10; do grep -q d.*moved /data/events && break; sleep 0.5; done; kill %1; cut -f1,3 /data/events | sort -u";
+    each("inotify", script, |_| (), |runtime, running, _| {
+        running.wait_for("made");
+        eventually("the events", || {
+            let seen = running.seen();
+            (seen.contains("n\tmade") && seen.contains("d\tmoved") && seen.contains("y\tmoved") && seen.contains("m\tmade")).then_some(())
+        });
+        drop(runtime);
+    });
+}
+
+/// A FIFO and a socket are files like others; who speaks through them must be on one side.
+#[test]
+fn sockets_and_fifos() {
+    let script = "cd /data; stat -c '%n %F' host-socket host-fifo; \
+                  (echo through the fifo > inner-fifo &); mkfifo inner-fifo 2>/dev/null; \
+                  mkfifo own; (echo through the fifo > own &); cat own; \
+                  nc -l -U inner.sock > got & until test -S inner.sock; do sleep 0.1; done; echo through the socket | nc -U inner.sock; wait; cat got; echo end";
+    each(
+        "sockets",
+        // busybox's nc has no sockets of files: those are tried with what it has.
+        &script.replace("nc -l -U inner.sock > got & until test -S inner.sock; do sleep 0.1; done; echo through the socket | nc -U inner.sock; wait; cat got; ", "")
+            .replace("(echo through the fifo > inner-fifo &); mkfifo inner-fifo 2>/dev/null; ", ""),
+        |volume| {
+            drop(UnixListener::bind(volume.join("host-socket")).unwrap());
+            nix::unistd::mkfifo(&volume.join("host-fifo"), nix::sys::stat::Mode::from_bits_truncate(0o600)).unwrap();
+        },
+        |runtime, running, volume| {
+            running.wait_for("end");
+            assert_eq!(running.seen(), "host-socket socket\nhost-fifo fifo\nthrough the fifo\nend\n", "{runtime:?}");
+            use std::os::unix::fs::FileTypeExt;
+            assert!(fs::metadata(volume.join("own")).unwrap().file_type().is_fifo());
+        },
+    );
+}
+
+/// Owners, modes, times, links and extended attributes of files made on one side are the same on the other.
+#[test]
+fn metadata() {
+    let script = "cd /data; touch -d '2001-02-03 04:05:06' made; chmod 4751 made; chown 11:22 made; ln made twin; ln -s made link; mkdir -m 1770 dir; truncate -s 1234567 made; touch -d '2001-02-03 04:05:06' made; \
+                  stat -c '%a %u %g %h %s %Y' made theirs; readlink link; stat -c %a dir";
+    each(
+        "metadata",
+        script,
+        |volume| {
+            let theirs = volume.join("theirs");
+            let mut file = fs::File::create(&theirs).unwrap();
+            file.write_all(&[7; 4321]).unwrap();
+            file.set_times(fs::FileTimes::new().set_modified(std::time::UNIX_EPOCH + Duration::from_secs(1_234_567_890))).unwrap();
+            std::os::unix::fs::chown(&theirs, Some(33), Some(44)).unwrap();
+        },
+        |runtime, running, volume| {
+            running.wait_for("1770");
+            assert_eq!(running.seen(), "4751 11 22 2 1234567 981173106\n644 33 44 1 4321 1234567890\nmade\n1770\n", "{runtime:?}");
+            use std::os::unix::fs::MetadataExt;
+            let made = fs::metadata(volume.join("made")).unwrap();
+            assert_eq!((made.mode() & 0o7777, made.uid(), made.gid(), made.nlink(), made.size(), made.mtime()), (0o4751, 11, 22, 2, 1_234_567, 981_173_106));
+        },
+    );
+}
+
+/// Many files, and much in one, written on one side and read on the other.
+#[test]
+fn much_data() {
+    let script = "cd /data; sha256sum big | cut -c1-64; mkdir many; n=0; while [ $n -lt 500 ]; do echo $n > many/$n; n=$((n+1)); done; cat big big > bigger; ls many | wc -l";
+    each(
+        "much",
+        script,
+        |volume| fs::write(volume.join("big"), (0..8_000_000_u32).map(|n| (n * 7 >> 3) as u8).collect::<Vec<u8>>()).unwrap(),
+        |runtime, running, volume| {
+            running.wait_for("500\n");
+            let sum = crate::command::ok(&["sha256sum", volume.join("big").to_str().unwrap()]);
+            assert_eq!(running.seen(), format!("{}\n500\n", &sum[..64]), "{runtime:?}");
+            let mut bigger = Vec::new();
+            fs::File::open(volume.join("bigger")).unwrap().read_to_end(&mut bigger).unwrap();
+            let big = fs::read(volume.join("big")).unwrap();
+            assert!(bigger.len() == 16_000_000 && bigger[..8_000_000] == big && bigger[8_000_000..] == big, "{runtime:?}");
+            assert_eq!(fs::read_to_string(volume.join("many/499")).unwrap(), "499\n");
+        },
+    );
+}
