@@ -94,13 +94,13 @@ fn a_configuration_is_exchanged() {
 fn inotify_of_changes_made_inside() {
     let script = "mkdir /data/d; inotifyd - /data/d:nwdym > /data/events & sleep 1; echo x > /data/d/made; mv /data/d/made /data/d/moved; rm /data/d/moved; \
                   for n in 1 2 3 4 5 6 7 8 9 10; do grep -q d.*moved /data/events && break; sleep 0.5; done; kill %1; cut -f1,3 /data/events | sort -u";
-    each("inotify", script, |_| (), |runtime, running, _| {
+    each("inotify", script, |_| (), |_, running, _| {
         running.wait_for("made");
         eventually("the events", || {
             let seen = running.seen();
             (seen.contains("n\tmade") && seen.contains("d\tmoved") && seen.contains("y\tmoved") && seen.contains("m\tmade")).then_some(())
         });
-        drop(runtime);
+
     });
 }
 

@@ -1,6 +1,7 @@
 //! The task service, call by call: the same calls are made to runc's shim and to husk's.
 
 mod exec;
+mod latency;
 mod life;
 mod limits;
 mod standin;
