@@ -12,7 +12,12 @@ use crate::case::Runtime;
 use crate::command::{Input, Running, eventually};
 
 /// Runs `script` in the foreground with the host's `volume` at /data (and read-only at /config), for `test`.
-fn each(name: &str, script: &str, prepare: impl Fn(&std::path::Path), test: impl Fn(Runtime, &mut Running, &std::path::Path)) {
+fn each(
+    name: &str,
+    script: &str,
+    prepare: impl Fn(&std::path::Path),
+    test: impl Fn(Runtime, &mut Running, &std::path::Path),
+) {
     for runtime in Runtime::all() {
         eprintln!("under {runtime:?}");
         let id = format!("{name}-{runtime:?}").to_lowercase();
@@ -20,12 +25,26 @@ fn each(name: &str, script: &str, prepare: impl Fn(&std::path::Path), test: impl
         let volume = bundle.path().join("volume");
         fs::create_dir(&volume).unwrap();
         prepare(&volume);
-        for (destination, options) in [("/data", json!(["rbind", "rw"])), ("/config", json!(["rbind", "ro"]))] {
-            bundle.mount(json!({"destination": destination, "type": "bind", "source": volume, "options": options}));
+        for (destination, options) in [
+            ("/data", json!(["rbind", "rw"])),
+            ("/config", json!(["rbind", "ro"])),
+        ] {
+            bundle.mount(
+                json!({"destination": destination, "type": "bind", "source": volume, "options": options}),
+            );
         }
         bundle.spec["process"]["args"] = json!(["sh", "-c", script]);
         let config = bundle.write();
-        let argv = ["ctr", "run", "--rm", "--runtime", runtime.name(), "--config", config.to_str().unwrap(), &id];
+        let argv = [
+            "ctr",
+            "run",
+            "--rm",
+            "--runtime",
+            runtime.name(),
+            "--config",
+            config.to_str().unwrap(),
+            &id,
+        ];
         let mut running = Running::start(&argv, Input::Nothing);
         test(runtime, &mut running, &volume);
         running.finish(Duration::from_secs(90)).expect_code(0);
@@ -59,7 +78,9 @@ fn changes_go_both_ways_while_it_runs() {
             eventually("the container's file", || {
                 (fs::read_to_string(volume.join("back")).ok()? == "from the container\n").then_some(())
             });
-            eventually("the container's removal", || (!volume.join("doomed").exists() && volume.join("moved").exists()).then_some(()));
+            eventually("the container's removal", || {
+                (!volume.join("doomed").exists() && volume.join("moved").exists()).then_some(())
+            });
             fs::write(volume.join("end"), "").unwrap();
         },
     );
@@ -94,14 +115,22 @@ fn a_configuration_is_exchanged() {
 fn inotify_of_changes_made_inside() {
     let script = "mkdir /data/d; inotifyd - /data/d:nwdym > /data/events & sleep 1; echo x > /data/d/made; mv /data/d/made /data/d/moved; rm /data/d/moved; \
                   for n in 1 2 3 4 5 6 7 8 9 10; do grep -q d.*moved /data/events && break; sleep 0.5; done; kill %1; cut -f1,3 /data/events | sort -u";
-    each("inotify", script, |_| (), |_, running, _| {
-        running.wait_for("made");
-        eventually("the events", || {
-            let seen = running.seen();
-            (seen.contains("n\tmade") && seen.contains("d\tmoved") && seen.contains("y\tmoved") && seen.contains("m\tmade")).then_some(())
-        });
-
-    });
+    each(
+        "inotify",
+        script,
+        |_| (),
+        |_, running, _| {
+            running.wait_for("made");
+            eventually("the events", || {
+                let seen = running.seen();
+                (seen.contains("n\tmade")
+                    && seen.contains("d\tmoved")
+                    && seen.contains("y\tmoved")
+                    && seen.contains("m\tmade"))
+                .then_some(())
+            });
+        },
+    );
 }
 
 /// A FIFO and a socket are files like others; who speaks through them must be on one side.
@@ -141,15 +170,32 @@ fn metadata() {
             let theirs = volume.join("theirs");
             let mut file = fs::File::create(&theirs).unwrap();
             file.write_all(&[7; 4321]).unwrap();
-            file.set_times(fs::FileTimes::new().set_modified(std::time::UNIX_EPOCH + Duration::from_secs(1_234_567_890))).unwrap();
+            file.set_times(
+                fs::FileTimes::new().set_modified(std::time::UNIX_EPOCH + Duration::from_secs(1_234_567_890)),
+            )
+            .unwrap();
             std::os::unix::fs::chown(&theirs, Some(33), Some(44)).unwrap();
         },
         |runtime, running, volume| {
             running.wait_for("1770");
-            assert_eq!(running.seen(), "4751 11 22 2 1234567 981173106\n644 33 44 1 4321 1234567890\nmade\n1770\n", "{runtime:?}");
+            assert_eq!(
+                running.seen(),
+                "4751 11 22 2 1234567 981173106\n644 33 44 1 4321 1234567890\nmade\n1770\n",
+                "{runtime:?}"
+            );
             use std::os::unix::fs::MetadataExt;
             let made = fs::metadata(volume.join("made")).unwrap();
-            assert_eq!((made.mode() & 0o7777, made.uid(), made.gid(), made.nlink(), made.size(), made.mtime()), (0o4751, 11, 22, 2, 1_234_567, 981_173_106));
+            assert_eq!(
+                (
+                    made.mode() & 0o7777,
+                    made.uid(),
+                    made.gid(),
+                    made.nlink(),
+                    made.size(),
+                    made.mtime()
+                ),
+                (0o4751, 11, 22, 2, 1_234_567, 981_173_106)
+            );
         },
     );
 }
@@ -161,15 +207,29 @@ fn much_data() {
     each(
         "much",
         script,
-        |volume| fs::write(volume.join("big"), (0..8_000_000_u32).map(|n| (n * 7 >> 3) as u8).collect::<Vec<u8>>()).unwrap(),
+        |volume| {
+            fs::write(
+                volume.join("big"),
+                (0..8_000_000_u32)
+                    .map(|n| (n * 7 >> 3) as u8)
+                    .collect::<Vec<u8>>(),
+            )
+            .unwrap()
+        },
         |runtime, running, volume| {
             running.wait_for("500\n");
             let sum = crate::command::ok(&["sha256sum", volume.join("big").to_str().unwrap()]);
             assert_eq!(running.seen(), format!("{}\n500\n", &sum[..64]), "{runtime:?}");
             let mut bigger = Vec::new();
-            fs::File::open(volume.join("bigger")).unwrap().read_to_end(&mut bigger).unwrap();
+            fs::File::open(volume.join("bigger"))
+                .unwrap()
+                .read_to_end(&mut bigger)
+                .unwrap();
             let big = fs::read(volume.join("big")).unwrap();
-            assert!(bigger.len() == 16_000_000 && bigger[..8_000_000] == big && bigger[8_000_000..] == big, "{runtime:?}");
+            assert!(
+                bigger.len() == 16_000_000 && bigger[..8_000_000] == big && bigger[8_000_000..] == big,
+                "{runtime:?}"
+            );
             assert_eq!(fs::read_to_string(volume.join("many/499")).unwrap(), "499\n");
         },
     );

@@ -65,7 +65,8 @@ impl Sysctl {
 
     /// Writes it, in the calling process's namespaces.
     pub fn apply(&self) -> Result<(), Fault> {
-        let failed = |error: std::io::Error| Fault::system(format_args!("set sysctl {}", self.key), error);
+        let failed =
+            |error: std::io::Error| Fault::system(format_args!("set linux.sysctl: {}", self.key), error);
         let base = File::open("/proc/sys").map_err(failed)?;
         let flags = libc::O_WRONLY;
         let resolve = libc::RESOLVE_BENEATH | libc::RESOLVE_NO_SYMLINKS;

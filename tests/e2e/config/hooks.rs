@@ -68,20 +68,20 @@ fn all_kinds_in_their_order_with_the_state() {
                 process >= 8,
                 "{runtime:?}: the process began before its hooks: {order}"
             );
-            for (kind, statuses) in KINDS.iter().zip([
-                ["creating", "created"],
-                ["creating", "created"],
-                ["creating", "created"],
-                // runc itself says `creating` or `created` until 1.1, whatever the spec.
-                ["created", "creating"],
-                ["running", "running"],
-                ["stopped", "stopped"],
-            ]) {
+            for kind in KINDS {
                 let text = read(&format!("{kind}.json"));
                 let state: Value = serde_json::from_str(&text)
                     .unwrap_or_else(|e| panic!("{runtime:?} {kind}: {e}: {text:?}"));
                 let status = state["status"].as_str().unwrap_or_default();
-                assert!(statuses.contains(&status), "{runtime:?} {kind}: {text}");
+                let expected: &[&str] = match kind {
+                    "poststop" => &["stopped"],
+                    // runc calls it a moment before it looks.
+                    "poststart" if runtime == Runtime::Runc => &["running", "created"],
+                    "poststart" => &["running"],
+                    "startContainer" => &["created", "creating"],
+                    _ => &["creating", "created"],
+                };
+                assert!(expected.contains(&status), "{runtime:?} {kind}: {text}");
                 assert!(state["ociVersion"].is_string(), "{runtime:?} {kind}: {text}");
                 assert!(
                     state["id"]
@@ -99,7 +99,7 @@ fn all_kinds_in_their_order_with_the_state() {
                     "{runtime:?} {kind}: {text}"
                 );
                 let pid = state["pid"].as_i64().unwrap_or(0);
-                assert_eq!(pid > 0, *kind != "poststop", "{runtime:?} {kind}: {text}");
+                assert_eq!(pid > 0, kind != "poststop", "{runtime:?} {kind}: {text}");
             }
         });
 }

@@ -46,12 +46,12 @@ fn mount_flags() {
             ("/m/g", &["noatime", "relatime"]),
             ("/m/i", &["ro", "rw"]),
             ("/m/j", &["nosymfollow"]),
-            ("/m/k", &["sync", "dirsync", "lazytime", "iversion"]),
+            ("/m/k", &["sync", "dirsync", "lazytime"]),
         ],
     )
     .prints(
         "/m/a ro,relatime\n/m/b rw,nosuid,nodev,noexec,relatime\n/m/c rw,relatime\n/m/d rw,noatime\n\
-         /m/e rw,nodiratime,relatime\n/m/f rw\n/m/g rw,relatime\n/m/i rw,relatime\n\
+         /m/e rw,nodiratime,relatime\n/m/f rw\n/m/g rw,noatime\n/m/i rw,relatime\n\
          /m/j rw,relatime,nosymfollow\n/m/k rw,relatime\n",
     );
 }
@@ -280,6 +280,7 @@ fn rootfs_propagation() {
         ("unbindable", "unbindable\n"),
     ] {
         Case::of(json!({"linux": {"rootfsPropagation": value}}))
+            .runc_since(1, 2)
             .sh("awk '$5 == \"/\" { p = $7; sub(\":.*\", \"\", p); print p == \"-\" ? \"none\" : p }' /proc/self/mountinfo")
             .prints(shown);
     }

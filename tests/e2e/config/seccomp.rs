@@ -139,21 +139,30 @@ fn default_action() {
 fn arguments() {
     let rule = |errno: u32, args: Value| json!({"names": ["umask"], "action": "SCMP_ACT_ERRNO", "errnoRet": errno, "args": args});
     let compare = |op: &str, value: u64, two: u64| json!({"index": 0, "value": value, "valueTwo": two, "op": format!("SCMP_CMP_{op}")});
+    let plain = |name: &str, errno: u32, index: u32, op: &str, value: u64| {
+        json!({"names": [name], "action": "SCMP_ACT_ERRNO", "errnoRet": errno,
+            "args": [{"index": index, "value": value, "op": format!("SCMP_CMP_{op}")}]})
+    };
     Case::of(filter(json!([
         rule(1, json!([compare("EQ", 1, 0)])),
         rule(2, json!([compare("LT", 1, 0)])),
-        rule(3, json!([compare("GT", 0x1_0000_0000, 0)])),
         rule(4, json!([compare("MASKED_EQ", 0xf0, 0x50)])),
         // Two conditions on one argument are alternatives.
         rule(5, json!([compare("EQ", 6, 0), compare("EQ", 7, 0)])),
+        // On two arguments, both must hold.
         rule(9, json!([compare("EQ", 0xff01, 0), {"index": 1, "value": 3, "op": "SCMP_CMP_NE"}])),
-        {"names": ["dup3"], "action": "SCMP_ACT_ERRNO", "errnoRet": 11, "args": [{"index": 0, "value": 40, "op": "SCMP_CMP_LE"}, {"index": 1, "value": 50, "op": "SCMP_CMP_EQ"}]},
+        // All of the 64 bits count.
+        plain("lseek", 38, 1, "GT", 0x1_0000_0000),
+        plain("dup3", 11, 0, "GE", 200),
+        plain("personality", 13, 0, "LE", 0xffff_0000),
     ])))
-    .sh("for n in 0 1 2 6 7 0x55 0x150 0x65 0x100000000 0x100000001; do probe umask $n; done; probe umask 0xff01 3; probe umask 0xff01 2; \
-         probe dup3 40 50 0; probe dup3 40 51 0; probe dup3 41 50 0")
+    .sh("for n in 0 1 2 6 7 0x55 0x150 0x65 0x100000001; do probe umask $n; done; probe umask 0xff01 3; probe umask 0xff01 2; \
+         for n in 5 0x100000000 0x100000001; do probe lseek 99 $n 0; done; probe dup3 199 5 0; probe dup3 200 5 0; \
+         probe personality 8; probe personality 0xffffffff")
     .prints(
-        "umask: ENOENT\numask: EPERM\numask = 18\numask: EIO\numask: EIO\numask: EINTR\numask: EINTR\numask = 18\numask = 18\numask: ESRCH\n\
-         umask = 18\numask: EBADF\ndup3: EAGAIN\ndup3: EBADF\ndup3: EBADF\n",
+        "umask: ENOENT\numask: EPERM\numask = 18\numask: EIO\numask: EIO\numask: EINTR\numask: EINTR\numask = 18\numask = 18\n\
+         umask = 18\numask: EBADF\nlseek: EBADF\nlseek: EBADF\nlseek: ENOSYS\ndup3: EBADF\ndup3: EAGAIN\n\
+         personality: EACCES\npersonality = 0\n",
     );
 }
 

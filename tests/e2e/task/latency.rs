@@ -23,10 +23,16 @@ impl Trace {
         let file = std::env::temp_dir().join(format!("husk-e2e-strace-{pid}"));
         let _ = fs::remove_file(&file);
         let (pid, path) = (pid.to_string(), file.to_str().unwrap());
-        let running = Running::start(&["strace", "-f", "-s", "4096", "-e", calls, "-o", path, "-p", &pid], Input::Nothing);
+        let running = Running::start(
+            &["strace", "-f", "-s", "4096", "-e", calls, "-o", path, "-p", &pid],
+            Input::Nothing,
+        );
         eventually("strace to attach", || {
             let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-            status.lines().any(|line| line.starts_with("TracerPid:") && !line.ends_with("\t0")).then_some(())
+            status
+                .lines()
+                .any(|line| line.starts_with("TracerPid:") && !line.ends_with("\t0"))
+                .then_some(())
         });
         // All threads: they are attached one after the other.
         eventually("strace to attach to all threads", || {
@@ -46,7 +52,10 @@ impl Trace {
         self.running.finish(Duration::from_secs(30));
         let text = fs::read_to_string(&self.file).unwrap();
         let _ = fs::remove_file(&self.file);
-        text.lines().filter(|line| line.contains(") = ") || line.contains("resumed>")).map(str::to_owned).collect()
+        text.lines()
+            .filter(|line| line.contains(") = ") || line.contains("resumed>"))
+            .map(str::to_owned)
+            .collect()
     }
 }
 
@@ -67,7 +76,10 @@ fn an_exec_costs_one_round_trip_to_the_agent() {
     let (out, code) = shim.exec_to_end("e", &["echo", "words"], json!({}));
     let lines = trace.end();
     assert_eq!((out.as_str(), code), ("words\n", 0));
-    let calls: Vec<&String> = lines.iter().filter(|line| line.contains("husk.agent.v1.Agent")).collect();
+    let calls: Vec<&String> = lines
+        .iter()
+        .filter(|line| line.contains("husk.agent.v1.Agent"))
+        .collect();
     assert_eq!(calls.len(), 1, "calls of the agent: {calls:#?}");
     shim.end();
 }
@@ -91,10 +103,17 @@ fn nothing_is_done_while_nothing_happens() {
         let trace = Trace::of(pid, "trace=all");
         std::thread::sleep(Duration::from_secs(5));
         let calls = trace.end();
-        assert!(calls.len() <= 3, "{name} made {} calls in five idle seconds: {calls:#?}", calls.len());
+        assert!(
+            calls.len() <= 3,
+            "{name} made {} calls in five idle seconds: {calls:#?}",
+            calls.len()
+        );
     }
     let idle = (context_switches() - start).saturating_sub(asked);
     // The kernel's own threads look after themselves a few times a second; somebody who polls wakes up more often.
-    assert!(idle < 600, "{idle} context switches in the guest in some twenty idle seconds");
+    assert!(
+        idle < 600,
+        "{idle} context switches in the guest in some twenty idle seconds"
+    );
     shim.end();
 }
