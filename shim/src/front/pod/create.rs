@@ -206,6 +206,7 @@ impl Pod {
     ) -> ttrpc::Result<(Arc<Sandbox>, Arc<Settings>)> {
         let settings = Settings::read(options, &bundle.outline).map_err(|error| status::settings(&error))?;
         log::apply(&settings.config.log);
+        tracing::info!(configuration = options.config.name(), "the sandbox starts");
         let started = self.start_with(bundle, &settings).await;
         let sandbox = started.map_err(|error| {
             let error = status::start(&error);
