@@ -6,6 +6,7 @@ use std::io::{Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
@@ -256,7 +257,10 @@ impl Shim {
 
     /// Exec, with `change` laid over the container's own process.
     pub fn exec(&self, exec: &str, args: &[&str], change: Value) -> (Streams, Answer<Empty>) {
-        let streams = Streams::new(self.bundle.path().join(format!("io-{}", exec.replace('/', "_"))));
+        // An id may be given again, even to no avail.
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let streams = Streams::new(self.bundle.path().join(format!("io-{number}")));
         let mut process = self.bundle.spec["process"].clone();
         process["args"] = args.iter().map(|word| Value::from(*word)).collect();
         crate::bundle::merge(&mut process, &change);

@@ -186,7 +186,7 @@ impl Loggers {
             tokio::select! {
                 // It never sends: it waits for the sender to be dropped.
                 _ = let_go => see_to_the_end_of(&watched, &path).await,
-                how = watched.ended() => tracing::warn!("the logging program {path} {how} before its input had ended"),
+                how = watched.ended() => told(&path, &how),
             }
             let pid = watched.pid();
             loggers
@@ -205,6 +205,15 @@ impl Loggers {
                 child.terminate();
             }
         }
+    }
+}
+
+/// It ended while its input was not known to have ended, which is known a moment later than the program knows it.
+fn told(path: &str, how: &End) {
+    if *how == End::Exited(0) {
+        tracing::debug!("the logging program {path} has ended");
+    } else {
+        tracing::warn!("the logging program {path} {how}");
     }
 }
 

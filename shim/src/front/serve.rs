@@ -149,6 +149,8 @@ fn runtime(workers: usize) -> Result<Runtime, ServeError> {
 /// The server: its listening socket is its stdin, its log its stderr.
 fn serve(invocation: &Invocation) -> Result<(), ServeError> {
     log::of_shim(stderr()?, level(invocation.debug), identity(invocation));
+    // It was started by a link that has no name of its own. Only `ps` and people look at it.
+    let _ = nix::sys::prctl::set_name(c"containerd-shim-husk-v2");
     // Away from the daemon's session and process group. It fails only for one that leads a group already.
     let _ = nix::unistd::setsid();
     let listener = take_listener().map_err(host(
