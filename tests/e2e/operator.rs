@@ -266,8 +266,11 @@ fn a_container_of_a_dead_shim_is_shown_as_dead() {
     );
     ok(&["husk", "console", "ps-dead"]);
     ok(&["husk", "logs", "ps-dead"]);
-    run(&["husk", "run", "--bundle", bundle.path(), "ps-dead"]);
-    drop(bundle);
+    // The next of that id removes the remains.
+    let next = Bundle::busybox(&["true"]);
+    run(&["husk", "run", "--bundle", next.path(), "ps-dead"]).expect_code(0);
+    assert_eq!(ok(&["husk", "ps", "-q"]), "");
+    drop((bundle, next));
     census.assert_unchanged();
 }
 
