@@ -76,6 +76,11 @@ fn the_file_server_is_killed() {
 }
 
 #[test]
+fn the_stand_in_is_killed() {
+    kill_while_running("husk-standin", "kill-standin");
+}
+
+#[test]
 fn husk_run_is_killed() {
     let census = Census::take();
     let bundle = crate::foreground::Bundle::busybox(&["sh", "-c", "echo ready; exec sleep 1000"]);
