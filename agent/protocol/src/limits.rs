@@ -68,3 +68,7 @@ mod tests {
         }
     }
 }
+
+/// Most mounts below a container's root file system and volumes that the host tells of. The guest meets others as they
+/// are walked into.
+pub const MAX_SUBMOUNTS: usize = 1024;

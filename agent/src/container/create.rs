@@ -11,6 +11,7 @@ use std::{
     path::Path,
 };
 
+use husk_agent_protocol::limits::MAX_SUBMOUNTS;
 use nix::{
     errno::Errno,
     fcntl::{OFlag, open},
@@ -40,13 +41,25 @@ use crate::{
 /// The guest's kernel mounts the share's submounts where they are first walked into. One that only the container's
 /// namespace had would go with its last process, while requests of files just closed may still be under way. That is
 /// thought to be behind a BUG of 6.12 seen once, as a container ended: "Busy inodes after unmount of virtiofs".
-pub fn visit_mounts(plan: &ContainerPlan) {
+///
+/// One that is met only later has the flags of the mount above it, also those that are not for what is below.
+/// `submounts` are the paths in `share` of those that the host knows to be there.
+pub fn visit_mounts(plan: &ContainerPlan, share: &Path, submounts: &[Vec<u8>]) {
     let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-    for path in
-        std::iter::once(plan.rootfs.as_path()).chain(plan.mounts.iter().filter_map(|mount| mount.volume()))
-    {
+    let volumes = plan.mounts.iter().filter_map(|mount| mount.volume());
+    for path in std::iter::once(plan.rootfs.as_path()).chain(volumes) {
         // What is not there, or is no directory, is the business of whoever uses it.
         drop(open(path, flags, Mode::empty()));
+    }
+    let Ok(share) = open(share, flags, Mode::empty()) else {
+        return;
+    };
+    for path in submounts.iter().take(MAX_SUBMOUNTS) {
+        if let Ok(path) = CString::new(path.as_slice()) {
+            let resolve = libc::RESOLVE_BENEATH | libc::RESOLVE_NO_SYMLINKS;
+            let flags = libc::O_PATH | libc::O_DIRECTORY;
+            drop(sys::openat2(share.as_fd(), &path, flags, 0, resolve));
+        }
     }
 }
 

@@ -60,17 +60,36 @@ impl Options {
     /// A word that husk does not apply.
     pub fn parse(words: &[String], field: &str) -> Result<Self, Fault> {
         let mut options = Self::default();
+        // As mount(2) has them: two flags of which strictatime wins, and relatime is what is so without either.
+        let (mut named, mut noatime, mut strictatime) = (false, false, false);
         for word in words {
-            if !options.word(word) {
-                let problem = match word.as_str() {
-                    "remount" | "iversion" => "is not supported",
-                    _ => "contains a NUL character",
-                };
-                return Err(Fault::spec(
-                    format_args!("{field}.options"),
-                    format_args!("{word:?} {problem}"),
-                ));
+            match word.as_str() {
+                "noatime" => noatime = true,
+                "atime" => noatime = false,
+                "strictatime" => strictatime = true,
+                "nostrictatime" => strictatime = false,
+                "relatime" | "norelatime" => {}
+                _ if options.word(word) => continue,
+                _ => {
+                    let problem = match word.as_str() {
+                        "remount" | "iversion" => "is not supported",
+                        _ => "contains a NUL character",
+                    };
+                    return Err(Fault::spec(
+                        format_args!("{field}.options"),
+                        format_args!("{word:?} {problem}"),
+                    ));
+                }
             }
+            named = true;
+        }
+        let mode = match (strictatime, noatime) {
+            (true, _) => "strictatime",
+            (false, true) => "noatime",
+            (false, false) => "relatime",
+        };
+        if let Some((set, clear)) = attribute(mode).filter(|_| named) {
+            options.attributes.add(set, clear);
         }
         Ok(options)
     }
@@ -208,9 +227,25 @@ mod tests {
             }
         );
         assert_eq!(
-            parse(&["noatime", "relatime"]).unwrap().attributes,
+            parse(&["noatime", "atime"]).unwrap().attributes,
             Attributes { set: 0, clear: ATIME }
         );
+        assert_eq!(
+            parse(&["rnoatime", "rrelatime"]).unwrap().recursive,
+            Attributes { set: 0, clear: ATIME }
+        );
+        // But those that are flags of mount(2) do not undo each other.
+        for (words, mode) in [
+            (["noatime", "relatime"], NOATIME),
+            (["strictatime", "noatime"], STRICTATIME),
+            (["strictatime", "norelatime"], STRICTATIME),
+        ] {
+            let meant = Attributes {
+                set: mode,
+                clear: ATIME,
+            };
+            assert_eq!(parse(&words).unwrap().attributes, meant, "{words:?}");
+        }
         assert_eq!(parse(&["rbind", "bind"]).unwrap().bind, Some(true));
     }
 

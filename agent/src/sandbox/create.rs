@@ -51,7 +51,7 @@ impl Sandbox {
             &request.joined_namespaces,
         )?;
         plan.start_hooks.bundle = request.bundle;
-        create::visit_mounts(&plan);
+        create::visit_mounts(&plan, &self.config.share, &request.submounts);
         drop(spec);
         let Forked {
             pid,

@@ -3,23 +3,30 @@
 use std::{
     fs::DirBuilder,
     io,
-    os::{fd::AsFd, unix::fs::DirBuilderExt},
+    os::{
+        fd::AsFd,
+        unix::{ffi::OsStrExt, fs::DirBuilderExt},
+    },
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
+use husk_agent_protocol::limits::MAX_SUBMOUNTS;
 use tokio::time::timeout;
 
 use super::{
     CreateContainer, EngineError, Exit, Sandbox, lock, sandbox::check_id, spec::Spec, streams::Streams,
     table::KILLED, undo::Undo,
 };
-use crate::host::{
-    hooks::Phase,
-    mount::{Clone, clone_tree, open_path, unmount_below},
-    rootfs::{self, Mount},
-    share::remove_mount_points,
+use crate::{
+    guest::agent::Shown,
+    host::{
+        hooks::Phase,
+        mount::{Clone, clone_tree, mounts_below, open_path, unmount_below},
+        rootfs::{self, Mount},
+        share::remove_mount_points,
+    },
 };
 
 /// How long the end of a killed init process is awaited.
@@ -70,7 +77,7 @@ impl Sandbox {
             self.begin_hooks(&id, pid, &bundle, &needs)?;
             self.run_hooks(&id, Phase::Prestart).await?;
             self.run_hooks(&id, Phase::CreateRuntime).await?;
-            let volumes = self.show(&id, &root, &needs, &mut undo)?;
+            let shown = self.show(&id, &root, &needs, &mut undo)?;
             self.run_hooks(&id, Phase::CreateContainer).await?;
 
             // In the guest: the container and its init process.
@@ -80,7 +87,7 @@ impl Sandbox {
             let pid = self
                 .parts
                 .agent
-                .create_container(&id, spec, ports, volumes, joined, &bundle)
+                .create_container(&id, spec, ports, shown, joined, &bundle)
                 .await?;
             self.table().commit(&id, pid, streams, &mut undo)
         };
@@ -120,14 +127,15 @@ impl Sandbox {
         Ok(root)
     }
 
-    /// Mounts a container's root file system and volumes in the share. Tells the number of each volume.
+    /// Mounts a container's root file system and volumes in the share. Tells what the guest
+    /// has to know of them.
     fn show(
         &self,
         id: &str,
         root: &Path,
         needs: &Spec,
         undo: &mut Undo,
-    ) -> Result<Vec<(u32, u32)>, EngineError> {
+    ) -> Result<Shown, EngineError> {
         let base = self.parts.dir.join("share").join(id);
         let shown = base.clone();
         undo.push("remove the container from the share", move || {
@@ -152,17 +160,30 @@ impl Sandbox {
             .and_then(|from| clone_tree(from.as_fd(), &base.join("rootfs"), how))
             .map_err(host("cannot show the guest the root file system", root))?;
 
-        let mut numbers = Vec::with_capacity(needs.volumes.len());
+        let mut paths = vec![base.join("rootfs")];
+        let mut shown = Shown::default();
         for volume in &needs.volumes {
             self.step("volume")?;
             let volumes = Arc::clone(&self.parts.volumes);
             let number = volumes
                 .take(volume)
-                .map_err(|error| EngineError::InvalidSpec(chain(&error)))?;
+                .map_err(|error| {
+                    EngineError::InvalidSpec(format!("mounts[{}]: {}", volume.index, chain(&error)))
+                })?;
+            paths.push(volumes.path(number));
             undo.push("remove a volume", move || volumes.release(number));
-            numbers.push((volume.index, number));
+            shown.volumes.push((volume.index, number));
         }
-        Ok(numbers)
+        let share = self.parts.dir.join("share");
+        for path in paths {
+            let below = mounts_below(&path).map_err(host("cannot list the mounts in", &path))?;
+            let below = below.iter().filter_map(|point| point.strip_prefix(&share).ok());
+            shown
+                .submounts
+                .extend(below.map(|point| point.as_os_str().as_bytes().to_vec()));
+        }
+        shown.submounts.truncate(MAX_SUBMOUNTS);
+        Ok(shown)
     }
 
     /// Mounts the root file system that the engine described on the bundle's `rootfs`.

@@ -85,7 +85,7 @@ impl Volumes {
             made => made.map_err(error)?,
         }
         let number = shown.next;
-        let target = self.directory.join(number.to_string());
+        let target = self.path(number);
         if let Err(error) = volume.make(&target) {
             if let Err(error) = remove(&target) {
                 tracing::warn!(%error, target = %target.display(), "a mount point is left behind");
@@ -100,6 +100,11 @@ impl Volumes {
             users: 1,
         });
         Ok(number)
+    }
+
+    /// Where a volume is.
+    pub(super) fn path(&self, number: u32) -> PathBuf {
+        self.directory.join(number.to_string())
     }
 
     /// Gives a volume back; the last user takes it away.
@@ -118,7 +123,7 @@ impl Volumes {
             }
         }
         shown.volumes.swap_remove(index);
-        let target = self.directory.join(number.to_string());
+        let target = self.path(number);
         unmount_below(&target)?;
         // The directory stays: the guest would look for the next volume in one that it remembers and that is gone.
         remove(&target)

@@ -160,6 +160,15 @@ pub async fn connect(machine: &Machine, hostname: &str, timeouts: Timeouts) -> i
     ))
 }
 
+/// What the guest has to know of a container's files in the share.
+#[derive(Debug, Default)]
+pub struct Shown {
+    /// Place in the spec's mounts, and number, of each volume.
+    pub volumes: Vec<(u32, u32)>,
+    /// Paths in the share on which something is mounted, at most `MAX_SUBMOUNTS`.
+    pub submounts: Vec<Vec<u8>>,
+}
+
 impl Agent {
     /// The agent's first answer, when it comes. For a guest that never answers there is a deadline, the
     /// configured one.
@@ -182,7 +191,7 @@ impl Agent {
         id: &str,
         spec: Vec<u8>,
         ports: StdioPorts,
-        volumes: impl IntoIterator<Item = (u32, u32)>,
+        shown: Shown,
         joined: impl IntoIterator<Item = (Kind, String)>,
         bundle: &Path,
     ) -> Result<i32, EngineError> {
@@ -191,7 +200,8 @@ impl Agent {
             container_id: id.to_owned(),
             spec_json: spec,
             stdio: Some(stdio(ports)).into(),
-            volumes: volumes.into_iter().collect(),
+            volumes: shown.volumes.into_iter().collect(),
+            submounts: shown.submounts,
             joined_namespaces: joined
                 .into_iter()
                 .map(|(kind, container)| (kind.name().to_owned(), container))

@@ -402,6 +402,18 @@ pub fn unmount_below(path: &Path) -> io::Result<()> {
     result
 }
 
+/// Where something is mounted below `path`, but not on it; parents first.
+///
+/// # Errors
+/// When the table of mounts cannot be read.
+pub fn mounts_below(path: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut points = mount_points(&fs::read("/proc/self/mountinfo")?);
+    points.retain(|point| point.starts_with(path) && point != path);
+    points.sort();
+    points.dedup();
+    Ok(points)
+}
+
 /// Mount points in the order of `/proc/self/mountinfo` (its fifth field, blanks and the like as `\ooo`).
 fn mount_points(table: &[u8]) -> Vec<PathBuf> {
     table
@@ -490,6 +502,7 @@ mod tests {
         };
         clone_tree(open_path(&source).unwrap().as_fd(), &target, how).unwrap();
         assert_eq!(fs::read(target.join("below/file")).unwrap(), b"x");
+        assert_eq!(mounts_below(&target).unwrap(), [target.join("below")]);
         let refused = fs::write(target.join("new"), "x").unwrap_err();
         assert_eq!(refused.raw_os_error(), Some(libc::EROFS));
         unmount_below(&target).unwrap();

@@ -85,10 +85,8 @@ pub enum VolumeError {
         source: io::Error,
     },
     /// Its owners cannot be mapped.
-    #[error("mounts[{index}].uidMappings: cannot map the owners of {}", path.display())]
+    #[error("uidMappings: cannot map the owners of {}", path.display())]
     Mapping {
-        /// The mount's place in the spec.
-        index: u32,
         /// The source.
         path: PathBuf,
         /// Why: `EINVAL` if the file system has no mapped mounts, or the mapping is wrong.
@@ -144,7 +142,6 @@ impl Volume {
         });
         match mapped {
             Err(source) => Err(VolumeError::Mapping {
-                index: self.index,
                 path: self.source.clone(),
                 source,
             }),
