@@ -302,7 +302,7 @@ impl Watcher {
         if self.stopping.initialized() {
             tracing::info!(reason, "the sandbox has ended");
         } else {
-            tracing::error!(reason, console = console_tail, "the sandbox has ended by itself");
+            tracing::warn!(reason, console = console_tail, "the sandbox has ended by itself");
         }
         {
             let mut table = lock(&self.table);
