@@ -64,6 +64,7 @@ pub struct Case {
     prepare: Vec<Prepare>,
     code: i32,
     runc_since: (u32, u32),
+    runc_before: (u32, u32),
 }
 
 impl Case {
@@ -76,6 +77,7 @@ impl Case {
             prepare: Vec::new(),
             code: 0,
             runc_since: (0, 0),
+            runc_before: (u32::MAX, 0),
         };
         case.prepared(move |_, bundle| bundle.change(&change))
     }
@@ -108,9 +110,15 @@ impl Case {
         self
     }
 
+    /// runc has done otherwise since this version; with a newer one only husk is asked.
+    pub fn runc_before(mut self, major: u32, minor: u32) -> Self {
+        self.runc_before = (major, minor);
+        self
+    }
+
     fn runtimes(&self) -> Vec<Runtime> {
-        let knows =
-            |runtime: &Runtime| *runtime == Runtime::Husk || Runtime::runc_version() >= self.runc_since;
+        let range = self.runc_since..self.runc_before;
+        let knows = |runtime: &Runtime| *runtime == Runtime::Husk || range.contains(&Runtime::runc_version());
         Runtime::all().into_iter().filter(knows).collect()
     }
 
