@@ -70,6 +70,7 @@ impl Volumes {
     /// When it cannot be shown; then nothing is left.
     pub(super) fn take(&self, volume: &Volume) -> Result<u32, VolumeError> {
         let error = |source| VolumeError::Source {
+            index: volume.index,
             path: volume.source.clone(),
             source,
         };

@@ -67,6 +67,9 @@ impl Options {
             // Under the first name since containerd 1.2, under the second since 1.6.
             "cri.runtimeoptions.v1.Options" | "runtimeoptions.v1.Options" => generic(&options.value),
             "containerd.runc.v1.Options" => runc(&options.value),
+            // What containerd 1.7's client sends with a user namespace to whatever is not runc: the owner of the
+            // pipes, which in the guest are made by the agent.
+            "containerd.linux.runc.CreateOptions" => Ok(Self::default()),
             other => Err(OptionsError::Type(other.to_owned())),
         }
     }

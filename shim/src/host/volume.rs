@@ -76,8 +76,10 @@ impl FileId {
 #[derive(Debug, thiserror::Error)]
 pub enum VolumeError {
     /// The source is not there or cannot be mounted.
-    #[error("cannot mount the volume {}", path.display())]
+    #[error("mounts[{index}].source: cannot mount the volume {}", path.display())]
     Source {
+        /// The mount's place in the spec.
+        index: u32,
         /// The source.
         path: PathBuf,
         /// Why.
@@ -105,6 +107,7 @@ impl Volume {
     /// Then nothing is mounted; the mount point may be there.
     pub fn make(&self, target: &Path) -> Result<(), VolumeError> {
         let error = |source| VolumeError::Source {
+            index: self.index,
             path: self.source.clone(),
             source,
         };

@@ -43,7 +43,7 @@ fn mount_flags() {
             ("/m/d", &["noatime"]),
             ("/m/e", &["nodiratime"]),
             ("/m/f", &["strictatime"]),
-            ("/m/g", &["noatime", "relatime"]),
+            ("/m/g", &["noatime", "atime"]),
             ("/m/i", &["ro", "rw"]),
             ("/m/j", &["nosymfollow"]),
             ("/m/k", &["sync", "dirsync", "lazytime"]),
@@ -51,7 +51,7 @@ fn mount_flags() {
     )
     .prints(
         "/m/a ro,relatime\n/m/b rw,nosuid,nodev,noexec,relatime\n/m/c rw,relatime\n/m/d rw,noatime\n\
-         /m/e rw,nodiratime,relatime\n/m/f rw\n/m/g rw,noatime\n/m/i rw,relatime\n\
+         /m/e rw,nodiratime,relatime\n/m/f rw\n/m/g rw,relatime\n/m/i rw,relatime\n\
          /m/j rw,relatime,nosymfollow\n/m/k rw,relatime\n",
     );
 }
@@ -178,7 +178,8 @@ impl Drop for Nested {
     }
 }
 
-/// `ro` is for the mount itself, `rro` for those below it too; `bind` brings none of those.
+/// `ro` is for the mount itself, `rro` for those below it too; `bind` brings none of those. In husk the volume and the
+/// mounts of the host below it are one file system of the guest, by nature: there `ro` is for all of it.
 #[test]
 fn bind_mounts_with_mounts_below() {
     Case::of(json!({}))
@@ -199,19 +200,14 @@ fn bind_mounts_with_mounts_below() {
              awk '$5 ~ \"^/m/many\" { print $5, $6 }' /proc/self/mountinfo")
         .each(|runtime, done, bundle| {
             let _nested = Nested::of(bundle);
-            assert_eq!(
-                done.out(),
-                "nested\nnested\nfile\nro-sub-written\n\
-                 /m/many rw,nosuid,nodev,noexec,noatime\n/m/many/sub rw,nosuid,nodev,noexec,noatime\n",
-                "{runtime:?}: {}",
-                done.err()
-            );
-            assert_eq!(
-                done.err().matches("ead-only file system").count(),
-                3,
-                "{runtime:?}: {}",
-                done.err()
-            );
+            let many = "/m/many rw,nosuid,nodev,noexec,noatime\n";
+            let (expected, refused) = match runtime {
+                Runtime::Runc => (format!("ro-sub-written\n{many}{}", many.replace("many", "many/sub")), 3),
+                Runtime::Husk => (many.to_owned(), 4),
+            };
+            assert_eq!(done.out(), format!("nested\nnested\nfile\n{expected}"), "{runtime:?}: {}", done.err());
+            let errors = done.err().matches("ead-only file system").count();
+            assert_eq!(errors, refused, "{runtime:?}: {}", done.err());
         });
 }
 

@@ -142,8 +142,11 @@ fn kill_all() {
         let streams = shim.run();
         streams.wait_for("ready");
         shim.kill("", libc::SIGUSR1, true).unwrap();
-        streams.wait_for("child");
         streams.wait_for("first");
+        // runc takes "all" at its word for SIGKILL only, since 1.2.
+        if shim.runtime == Runtime::Husk || Runtime::runc_version() < (1, 2) {
+            streams.wait_for("child");
+        }
         shim.kill("", libc::SIGKILL, true).unwrap();
         assert_eq!(shim.wait("").unwrap().exit_status, 137);
     });

@@ -35,7 +35,8 @@ fn resize_without_a_terminal() {
     each(&["sleep", "1000"], |shim| {
         let _streams = shim.run();
         shim.resize("", 80, 24).unwrap();
-        shim.exec("e", &["true"], json!({})).1.unwrap();
+        let (_streams, added) = shim.exec("e", &["true"], json!({}));
+        added.unwrap();
         shim.start_process("e").unwrap();
         shim.wait("e").unwrap();
         shim.resize("no-such-exec", 80, 24).unwrap_err();

@@ -1,6 +1,7 @@
 //! What a test does inside a container and no shell can: `probe NAME ARGUMENT…` makes one system call and prints
 //! what became of it, `NAME = RESULT` or `NAME: ERRNO`. An argument is a number (decimal or 0x…) or, failing that,
-//! a string, of which the call gets the address. Static, so that it runs in any root file system.
+//! a string, of which the call gets the address. `scheduler`, `clocks` and `watch DIRECTORY` tell what takes more than
+//! one call. Static, so that it runs in any root file system.
 
 use std::ffi::CString;
 
@@ -34,6 +35,7 @@ fn main() {
     let name = arguments.next().unwrap_or_default();
     match name.as_str() {
         "scheduler" => scheduler(),
+        "watch" => watch(&arguments.next().unwrap_or_default()),
         "clocks" => {
             println!("monotonic {}", seconds(libc::CLOCK_MONOTONIC));
             println!("boottime {}", seconds(libc::CLOCK_BOOTTIME));
@@ -103,6 +105,32 @@ fn scheduler() {
         "policy {} flags {} nice {} priority {} runtime {} deadline {} period {}",
         attr.policy, attr.flags, attr.nice, attr.priority, attr.runtime, attr.deadline, attr.period
     );
+}
+
+/// Tells what happens to the files of a directory, until one is deleted.
+fn watch(directory: &str) {
+    use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+    let kinds = [
+        (AddWatchFlags::IN_CREATE, "create"),
+        (AddWatchFlags::IN_MOVED_FROM, "moved_from"),
+        (AddWatchFlags::IN_MOVED_TO, "moved_to"),
+        (AddWatchFlags::IN_DELETE, "delete"),
+    ];
+    let all = kinds.iter().fold(AddWatchFlags::empty(), |all, (kind, _)| all | *kind);
+    let Ok(inotify) = Inotify::init(InitFlags::IN_CLOEXEC) else { return println!("no inotify") };
+    if let Err(error) = inotify.add_watch(directory, all) {
+        return println!("watch {directory}: {error:?}");
+    }
+    println!("watching");
+    while let Ok(events) = inotify.read_events() {
+        for event in events {
+            let Some((kind, word)) = kinds.iter().find(|(kind, _)| event.mask.contains(*kind)) else { continue };
+            println!("{word} {}", event.name.unwrap_or_default().to_string_lossy());
+            if *kind == AddWatchFlags::IN_DELETE {
+                return;
+            }
+        }
+    }
 }
 
 fn seconds(clock: libc::clockid_t) -> i64 {
