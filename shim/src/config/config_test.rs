@@ -81,6 +81,8 @@ fn each_option_changes_something_of_its_own() {
         ("programs.vmm", "\"/v\""),
         ("programs.fsd", "\"/f\""),
         ("programs.standin", "\"/s\""),
+        ("cgroup.driver", "\"systemd\""),
+        ("cgroup.limits", "false"),
         ("timeouts.boot_seconds", "1"),
         ("timeouts.call_seconds", "1"),
         ("timeouts.shutdown_seconds", "1"),

@@ -20,6 +20,8 @@ use tracing_subscriber::filter::LevelFilter;
 pub use annotations::{Annotation, AnnotationError, Wishes};
 pub use read::Fault;
 
+use crate::host::cgroup::Driver;
+
 /// Where the configuration is read from unless the engine names another file. It need not exist.
 pub const DEFAULT_PATH: &str = "/etc/husk/husk.toml";
 
@@ -35,6 +37,8 @@ pub struct Config {
     pub guest: Guest,
     /// The programs.
     pub programs: ProgramPaths,
+    /// The host's cgroups.
+    pub cgroup: Cgroup,
     /// How long things may take.
     pub timeouts: Timeouts,
     /// What is logged, and where.
@@ -147,6 +151,24 @@ pub struct ProgramPaths {
     pub fsd: Option<PathBuf>,
     /// `husk-standin`; `None`: the installed one.
     pub standin: Option<PathBuf>,
+}
+
+/// `[cgroup]`: where a sandbox's processes are on the host, and what they may use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cgroup {
+    /// Who makes cgroups.
+    pub driver: Driver,
+    /// The limits of a sandbox's containers also hold for its processes on the host.
+    pub limits: bool,
+}
+
+impl Default for Cgroup {
+    fn default() -> Self {
+        Self {
+            driver: Driver::Auto,
+            limits: true,
+        }
+    }
 }
 
 /// `[timeouts]`: how long things may take.

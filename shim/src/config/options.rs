@@ -7,6 +7,7 @@ use toml::de::DeValue;
 use tracing_subscriber::filter::LevelFilter;
 
 use super::{Annotation, Config, GuestLogLevel};
+use crate::host::cgroup::Driver;
 
 /// An option.
 pub struct Key {
@@ -37,7 +38,7 @@ const SECONDS: RangeInclusive<u64> = 1..=3600;
 const KIB: RangeInclusive<u64> = 4..=64 << 10;
 
 /// All of them, as `configs/husk.toml` lists them.
-pub const KEYS: [Key; 20] = [
+pub const KEYS: [Key; 22] = [
     key!(machine.vcpus, |c, v| c.machine.vcpus = Some(integer(v, VCPUS)?)),
     key!(machine.memory_mib, |c, v| c.machine.memory_mib = integer(v, MIB)?),
     key!(machine.memory_overhead_mib, |c, v| c
@@ -57,6 +58,9 @@ pub const KEYS: [Key; 20] = [
     key!(programs.vmm, |c, v| c.programs.vmm = Some(path(v)?)),
     key!(programs.fsd, |c, v| c.programs.fsd = Some(path(v)?)),
     key!(programs.standin, |c, v| c.programs.standin = Some(path(v)?)),
+    key!(cgroup.driver, |c, v| c.cgroup.driver =
+        one_of(v, &Driver::NAMES, Driver::of)?),
+    key!(cgroup.limits, |c, v| c.cgroup.limits = boolean(v)?),
     key!(timeouts.boot_seconds, |c, v| c.timeouts.boot = seconds(v)?),
     key!(timeouts.call_seconds, |c, v| c.timeouts.call = seconds(v)?),
     key!(timeouts.shutdown_seconds, |c, v| c.timeouts.shutdown =

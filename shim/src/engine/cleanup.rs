@@ -76,6 +76,9 @@ pub(super) fn remove_leftovers(dir: &Path) -> io::Result<Vec<Poststop>> {
             Err(error) => result = result.and(Err(error)),
         }
     }
+    for cgroup in &record.cgroups {
+        result = result.and(cgroup.remove());
+    }
     result = result.and(unmount_below(dir));
     for mount in record.mounts.iter().rev() {
         result = result.and(unmount_below(mount));

@@ -16,7 +16,7 @@ use husk_agent_protocol::limits::MAX_SUBMOUNTS;
 use tokio::time::timeout;
 
 use super::{
-    CreateContainer, EngineError, Exit, Sandbox, lock, sandbox::check_id, spec::Spec, streams::Streams,
+    CreateContainer, EngineError, Exit, Sandbox, cgroups::Home, lock, sandbox::check_id, spec::Spec, streams::Streams,
     table::KILLED, undo::Undo,
 };
 use crate::{
@@ -72,7 +72,15 @@ impl Sandbox {
             let plan = self.parts.standins.plan(&needs.namespaces)?;
             let joined = plan.joined.clone();
             self.step("stand-in")?;
-            let pid = self.stand_in(&id, plan, &mut undo).await?;
+            let (home, planned) = match self.home(&id, needs.cgroups_path.as_deref(), &mut undo).await? {
+                Home::Born(home) => (home, None),
+                Home::Moved(home, planned) => (home, Some(planned)),
+            };
+            let pid = self.stand_in(&id, plan, home, &mut undo).await?;
+            if let Some(planned) = planned {
+                self.move_home(planned, pid).await?;
+            }
+            self.offer_to_oom(needs.oom_score_adj);
             let root = self.root(&bundle, &needs, &rootfs, &mut undo)?;
             self.begin_hooks(&id, pid, &bundle, &needs)?;
             self.run_hooks(&id, Phase::Prestart).await?;

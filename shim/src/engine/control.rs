@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::{EngineError, Sandbox};
+use super::{EngineError, Sandbox, spec};
 
 impl Sandbox {
     /// Freezes a container: none of its processes runs when this returns. True unless it has ended meanwhile.
@@ -52,8 +52,12 @@ impl Sandbox {
                 "linux.resources is not valid: {error}"
             )));
         }
-        match self.parts.agent.update_container(id, resources).await {
-            Ok(()) => Ok(()),
+        spec::check_resources(&resources)?;
+        match self.parts.agent.update_container(id, resources.clone()).await {
+            Ok(()) => {
+                self.parts.cgroups.updated(id, &resources).await;
+                Ok(())
+            }
             Err(error) => Err(self.explain(error).await),
         }
     }

@@ -1,5 +1,6 @@
 //! The engine: owns one sandbox and knows nothing of containerd.
 
+mod cgroups;
 mod cleanup;
 mod container;
 mod control;
@@ -36,6 +37,7 @@ use std::{
     time::SystemTime,
 };
 
+pub use cgroups::CgroupConfig;
 pub use cleanup::cleanup;
 pub use error::{CleanupError, EngineError, LocateError, StartError, last_words};
 pub use programs::Programs;
@@ -66,6 +68,8 @@ pub struct SandboxConfig {
     pub kernel_params: String,
     /// The operator's configuration: deadlines, and what is kept of logs.
     pub operator: Arc<Config>,
+    /// Where its processes are on the host.
+    pub cgroup: CgroupConfig,
     /// The log of the process that runs the engine, which is kept in the sandbox's directory while it is there.
     pub log: RingLog,
 }
@@ -181,6 +185,7 @@ pub(crate) async fn start_played(
     let places = places::Places {
         run,
         kvm: "/dev/null".into(),
+        cgroups: Some(Default::default()),
         fault: None,
         player: Some(player.clone()),
     };

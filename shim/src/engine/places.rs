@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::host::statedir::RUN;
+use crate::host::{cgroup::Hierarchies, statedir::RUN};
 
 /// Where things are. Tests put theirs elsewhere, and make chosen steps fail.
 #[derive(Clone, Debug)]
@@ -11,6 +11,8 @@ pub struct Places {
     pub run: PathBuf,
     /// The KVM device.
     pub kvm: PathBuf,
+    /// The cgroup hierarchies; `None`: this host's.
+    pub cgroups: Option<Hierarchies>,
     /// The step that fails.
     #[cfg(test)]
     pub fault: Option<&'static str>,
@@ -24,6 +26,7 @@ impl Default for Places {
         Self {
             run: RUN.into(),
             kvm: "/dev/kvm".into(),
+            cgroups: None,
             #[cfg(test)]
             fault: None,
             #[cfg(test)]

@@ -10,7 +10,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::hooks::Poststop;
-use crate::host::pid::Identity;
+use crate::host::{cgroup::Trace, pid::Identity};
 
 /// Name of the record in the sandbox's directory.
 pub const FILE: &str = "state.json";
@@ -38,6 +38,9 @@ pub struct Record {
     /// What is still to be run for containers.
     #[serde(default)]
     pub poststop: Vec<Poststop>,
+    /// The cgroups, those above others last.
+    #[serde(default)]
+    pub cgroups: Vec<Trace>,
     /// Mount points outside of the sandbox's directory, in the order of mounting; one that was mounted on twice is
     /// here twice.
     pub mounts: Vec<PathBuf>,

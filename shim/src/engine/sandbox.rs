@@ -66,6 +66,7 @@ pub(super) struct Parts {
     pub table: Arc<Mutex<Table>>,
     pub record: Arc<Mutex<Record>>,
     pub standins: Arc<StandIns>,
+    pub cgroups: Cgroups,
     pub lives: Lives,
     pub volumes: Arc<Volumes>,
     pub undo: Mutex<Undo>,

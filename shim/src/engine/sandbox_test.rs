@@ -33,6 +33,7 @@ impl Stage {
         let places = Places {
             run: dir.path().join("run"),
             kvm: "/dev/null".into(),
+            cgroups: Some(Default::default()),
             fault: None,
             player: Some(player.clone()),
         };
@@ -53,6 +54,7 @@ impl Stage {
             hostname: String::new(),
             kernel_params: "quiet".into(),
             operator: Arc::default(),
+            cgroup: Default::default(),
             log: Default::default(),
         }
     }

@@ -9,6 +9,7 @@ use serde::Deserialize;
 
 use super::EngineError;
 use crate::host::{
+    cgroup::CpuList,
     hooks::Hooks,
     idmap::{IdMap, Range},
     namespaces::{Kind, Wanted},
@@ -31,10 +32,25 @@ struct Config {
 }
 
 #[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
 struct Linux {
     namespaces: Option<Vec<Namespace>>,
+    cgroups_path: Option<String>,
+    resources: Option<Resources>,
     #[serde(flatten)]
     mappings: Mappings,
+}
+
+/// Of `linux.resources`, what names things of the host.
+#[derive(Default, Deserialize)]
+struct Resources {
+    cpu: Option<Cpu>,
+}
+
+#[derive(Default, Deserialize)]
+struct Cpu {
+    cpus: Option<String>,
+    mems: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -63,11 +79,14 @@ struct IdMapping {
 }
 
 #[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
 struct Process {
     #[serde(default)]
     terminal: bool,
     #[serde(default)]
     args: Vec<String>,
+    #[serde(default)]
+    oom_score_adj: Option<i32>,
 }
 
 #[derive(Deserialize)]
@@ -97,6 +116,10 @@ pub struct Spec {
     pub hooks: Hooks,
     /// `linux.namespaces`.
     pub namespaces: Vec<Wanted>,
+    /// `linux.cgroupsPath`.
+    pub cgroups_path: Option<String>,
+    /// `process.oomScoreAdj`.
+    pub oom_score_adj: Option<i32>,
     /// The specification's version.
     pub oci_version: String,
     /// The annotations.
@@ -124,8 +147,13 @@ impl Spec {
         hooks.check().map_err(EngineError::InvalidSpec)?;
         let Linux {
             namespaces,
+            cgroups_path,
+            resources,
             mappings: linux,
         } = config.linux.unwrap_or_default();
+        if let Some(cpu) = resources.unwrap_or_default().cpu {
+            cpu.check()?;
+        }
         let namespaces = namespaces
             .unwrap_or_default()
             .into_iter()
@@ -144,9 +172,45 @@ impl Spec {
             volumes,
             hooks,
             namespaces,
+            cgroups_path,
+            oom_score_adj: process.oom_score_adj,
             oci_version: config.oci_version,
             annotations: config.annotations.unwrap_or_default(),
         })
+    }
+}
+
+/// Checks what an update of `linux.resources` names on the host.
+///
+/// # Errors
+/// `InvalidSpec`.
+pub fn check_resources(json: &[u8]) -> Result<(), EngineError> {
+    let resources: Resources = serde_json::from_slice(json)
+        .map_err(|error| EngineError::InvalidSpec(format!("linux.resources is not valid: {error}")))?;
+    resources.cpu.map_or(Ok(()), |cpu| cpu.check())
+}
+
+impl Cpu {
+    /// CPUs and memory nodes are the host's: those that it does not have are refused, as runc's kernel does.
+    fn check(&self) -> Result<(), EngineError> {
+        for (field, list, present) in [
+            ("cpus", &self.cpus, CpuList::online_cpus()),
+            ("mems", &self.mems, CpuList::online_nodes()),
+        ] {
+            let Some(text) = list.as_deref().filter(|text| !text.is_empty()) else {
+                continue;
+            };
+            let field = format!("linux.resources.cpu.{field}");
+            let list: CpuList = text
+                .parse()
+                .map_err(|()| invalid(&format!("{field}: {text:?} is no list of numbers")))?;
+            // A host that does not tell has what is asked for.
+            let missing = present.ok().and_then(|present| list.first_missing_in(&present));
+            if let Some(number) = missing {
+                return Err(invalid(&format!("{field}: the host has no {number}")));
+            }
+        }
+        Ok(())
     }
 }
 

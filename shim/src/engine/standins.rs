@@ -22,6 +22,7 @@ use super::{
 use crate::{
     guest::{agent::Agent, vm::Machine},
     host::{
+        cgroup::Cgroup,
         namespaces::{self, Kind, Namespace, Neighbour, Plan, Wanted},
         standin::{Happening, Role, StandIn, StandInError},
     },
@@ -96,6 +97,7 @@ impl StandIns {
         container: &str,
         exec: Option<&str>,
         plan: Plan,
+        cgroup: Option<Arc<Cgroup>>,
     ) -> Result<Arc<StandIn>, StandInError> {
         let name = match exec {
             None => container.to_owned(),
@@ -106,6 +108,7 @@ impl StandIns {
             name: &name,
             join: plan.join,
             unshare: plan.unshare,
+            cgroup,
         };
         Ok(Arc::new(StandIn::start(role).await?))
     }
@@ -132,14 +135,20 @@ impl Sandbox {
     }
 
     /// Starts the stand-in of a container in the making. Tells its pid.
-    pub(super) async fn stand_in(&self, id: &str, plan: Plan, undo: &mut Undo) -> Result<u32, EngineError> {
+    pub(super) async fn stand_in(
+        &self,
+        id: &str,
+        plan: Plan,
+        cgroup: Option<Arc<Cgroup>>,
+        undo: &mut Undo,
+    ) -> Result<u32, EngineError> {
         let failed = |source| EngineError::Host {
             what: format!("cannot make the stand-in of container {id}"),
             source,
         };
         let standins = &self.parts.standins;
         let standin = standins
-            .start(id, None, plan)
+            .start(id, None, plan, cgroup)
             .await
             .map_err(|error| failed(io::Error::other(chain(&error))))?;
         let (pid, identity) = (standin.pid(), standin.identity());
@@ -184,7 +193,7 @@ impl Sandbox {
                 join: standins.namespaces(container)?,
                 ..Plan::default()
             };
-            let started = standins.start(container, Some(exec), plan).await;
+            let started = standins.start(container, Some(exec), plan, first.cgroup()).await;
             started.map_err(|error| io::Error::other(chain(&error)))
         };
         match started.await {

@@ -15,6 +15,7 @@ use tokio::{
 
 use super::{
     Event, Sandbox, SandboxConfig, StartError,
+    cgroups::{Cgroups, explain},
     cleanup::remove_leftovers,
     hooks::Lives,
     lock,
@@ -33,6 +34,7 @@ use crate::{
         vm::{self, LaunchError, Machine},
     },
     host::{
+        cgroup::Cgroup,
         mount::unmount_below,
         pid::Identity,
         ringlog::RingLog,
@@ -108,11 +110,14 @@ pub(super) async fn start(
         .and_then(|()| share::make(&share))
         .map_err(failed("cannot make the share"))?;
 
+    // The cgroup that its processes are born in; our own moves there meanwhile.
+    let cgroups = Cgroups::make(&config, &places, &path, &mut record, &mut undo).await?;
+
     // The machine and its file server, side by side.
     places
         .step("launch")
         .map_err(failed("cannot launch the machine"))?;
-    let machine = vm::launch(
+    let launched = vm::launch(
         vm::Launch {
             programs: &config.programs,
             kvm: &places.kvm,
@@ -121,6 +126,7 @@ pub(super) async fn start(
             memory_mib: config.memory_mib,
             kernel_params: &config.kernel_params,
             console,
+            cgroup: cgroups.own(),
         },
         #[cfg(test)]
         |ends| {
@@ -128,9 +134,14 @@ pub(super) async fn start(
                 player.play(ends);
             }
         },
-    )
-    .await
-    .map_err(launch_failed)?;
+    );
+    let (launched, moved) = tokio::join!(launched, cgroups.move_in());
+    let machine = launched.map_err(launch_failed)?;
+    if let Err(error) = moved {
+        machine.kill();
+        machine.ended().await;
+        return Err(error);
+    }
     let machine = Arc::new(machine);
 
     // The agent: it finds Setup waiting when it dials.
@@ -155,7 +166,10 @@ pub(super) async fn start(
             }
             let console_tail = machine.console_tail();
             return Err(match own {
-                Some(reason) => StartError::Guest { reason, console_tail },
+                Some(reason) => StartError::Guest {
+                    reason: cgroups.explain(reason).0,
+                    console_tail,
+                },
                 None => failed("cannot reach the guest")(error),
             });
         }
@@ -178,8 +192,16 @@ pub(super) async fn start(
         hello: agent.hello(),
         ended: ended_sender,
         stopping: Arc::clone(&stopping),
+        cgroup: cgroups.own(),
     };
     tokio::spawn(watcher.watch(guest_events));
+    let (limited, mut hello) = (cgroups.clone(), agent.hello());
+    tokio::spawn(async move {
+        let booted = hello.wait_for(Option::is_some).await.is_ok();
+        if booted {
+            limited.booted().await;
+        }
+    });
     Ok(Arc::new(Sandbox::assemble(Parts {
         dir: path,
         machine,
@@ -187,6 +209,7 @@ pub(super) async fn start(
         table,
         record: Arc::new(Mutex::new(record)),
         standins: Arc::new(StandIns::new(config.programs.standin)),
+        cgroups,
         lives: Lives::default(),
         volumes: Arc::new(Volumes::new(&share)),
         undo: Mutex::new(undo),
@@ -267,6 +290,7 @@ struct Watcher {
     hello: watch::Receiver<Hello>,
     ended: watch::Sender<Option<Ended>>,
     stopping: Arc<OnceCell<()>>,
+    cgroup: Option<Arc<Cgroup>>,
 }
 
 impl Watcher {
@@ -293,10 +317,10 @@ impl Watcher {
             let _ = timeout(EXPLANATION, &mut pump).await;
             pump.abort();
         }
-        let reason = if self.stopping.initialized() {
-            "it was shut down".to_owned()
+        let (reason, starved) = if self.stopping.initialized() {
+            ("it was shut down".to_owned(), false)
         } else {
-            reason
+            explain(self.cgroup.as_deref(), reason)
         };
         let console_tail = machine.console_tail();
         if self.stopping.initialized() {
@@ -306,6 +330,9 @@ impl Watcher {
         }
         {
             let mut table = lock(&self.table);
+            if starved {
+                table.machine_starved();
+            }
             table.machine_ended(&reason, SystemTime::now());
             table.send(Event::SandboxEnded {
                 reason: reason.clone(),

@@ -470,6 +470,18 @@ impl Table {
         }
     }
 
+    /// The machine was killed for want of memory, and with it every container that runs.
+    pub fn machine_starved(&mut self) {
+        let live = |(id, container): (&String, &Container)| {
+            let live = container.held.is_none() && container.init.state().is_live();
+            live.then(|| id.clone())
+        };
+        let ids: Vec<String> = self.containers.iter().filter_map(live).collect();
+        for container in ids {
+            self.send(Event::Oom { container });
+        }
+    }
+
     /// What happened in the guest becomes so here. What names nothing known is left aside: the guest may say anything.
     pub fn guest_event(&mut self, event: GuestEvent, at: SystemTime) -> After {
         match event {

@@ -71,7 +71,10 @@ pub struct ProcessOutline {
 
 /// What the front reads of `linux`.
 #[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct LinuxOutline {
+    /// Where its processes are in the host's cgroups.
+    pub cgroups_path: Option<String>,
     /// What the container may use.
     pub resources: Option<ResourcesOutline>,
 }
@@ -83,6 +86,8 @@ pub struct ResourcesOutline {
     pub cpu: Option<CpuOutline>,
     /// Memory.
     pub memory: Option<MemoryOutline>,
+    /// Threads.
+    pub pids: Option<PidsOutline>,
 }
 
 /// What the front reads of `linux.resources.cpu`, in microseconds.
@@ -92,6 +97,19 @@ pub struct CpuOutline {
     pub quota: Option<i64>,
     /// The period.
     pub period: Option<u64>,
+    /// The share among others; 0 or none: the default's.
+    pub shares: Option<u64>,
+    /// The host's CPUs, as a list.
+    pub cpus: Option<String>,
+    /// The host's memory nodes, as a list.
+    pub mems: Option<String>,
+}
+
+/// What the front reads of `linux.resources.pids`.
+#[derive(Debug, Default, Deserialize)]
+pub struct PidsOutline {
+    /// The limit; 0, negative or none: no limit.
+    pub limit: Option<i64>,
 }
 
 /// What the front reads of `linux.resources.memory`, in bytes.

@@ -132,7 +132,7 @@ pub async fn run(args: &RunArgs, config: Source) -> Result<u8, Failure> {
     let mut signals =
         Signals::catch().map_err(|error| Failure::own(format!("cannot catch signals: {error}")))?;
 
-    let config = settings.sandbox(NAMESPACE, &args.id, &bundle.outline, programs);
+    let config = settings.sandbox(NAMESPACE, &args.id, &args.id, &bundle.outline, programs);
     let (events, mut reports) = mpsc::unbounded_channel();
     let sandbox = Sandbox::start(config, events)
         .await

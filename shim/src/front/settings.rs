@@ -6,11 +6,12 @@ use super::{
     bundle::Outline,
     log,
     options::Options,
-    sizing::{Host, Size},
+    sizing::{Asked, Host, Size},
 };
 use crate::{
     config::{AnnotationError, Config, ConfigError, Wishes, annotations::Most},
-    engine::{Programs, SandboxConfig},
+    engine::{CgroupConfig, Programs, SandboxConfig},
+    host::cgroup::Limits,
 };
 
 /// See the module.
@@ -62,18 +63,39 @@ impl Settings {
         Ok(self.wishes.admit(&later)?)
     }
 
-    /// The sandbox for a first container.
-    pub fn sandbox(&self, namespace: &str, id: &str, outline: &Outline, programs: Programs) -> SandboxConfig {
-        let size = Size::for_container(outline, self.host, &self.config.machine);
+    /// The sandbox `id` for its first container.
+    pub fn sandbox(
+        &self,
+        namespace: &str,
+        id: &str,
+        container: &str,
+        outline: &Outline,
+        programs: Programs,
+    ) -> SandboxConfig {
+        let asked = Asked::of(outline);
+        let size = Size::of(&asked, self.host, &self.config.machine);
+        let memory_mib = self.wishes.memory_mib.unwrap_or(size.memory_mib);
+        let limits = if self.config.cgroup.limits {
+            asked.limits(memory_mib)
+        } else {
+            Limits::default()
+        };
         SandboxConfig {
             namespace: namespace.to_owned(),
             id: id.to_owned(),
             programs,
             vcpus: self.wishes.vcpus.unwrap_or(size.vcpus),
-            memory_mib: self.wishes.memory_mib.unwrap_or(size.memory_mib),
+            memory_mib,
             hostname: outline.hostname.clone().unwrap_or_default(),
             kernel_params: self.wishes.kernel_params(&self.config),
             operator: self.config.clone(),
+            cgroup: CgroupConfig {
+                path: outline.linux.as_ref().and_then(|linux| linux.cgroups_path.clone()),
+                container: container.to_owned(),
+                by_systemd: self.systemd_cgroup,
+                limits,
+                whole: asked.whole,
+            },
             log: log::kept(),
         }
     }

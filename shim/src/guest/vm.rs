@@ -29,7 +29,8 @@ use super::{
 use crate::{
     engine::Programs,
     host::{
-        child::{self, Child, End, Program},
+        cgroup::Cgroup,
+        child::{self, Child, End, Program, Surroundings},
         memory::guest_memory,
         ringlog::RingLog,
         seqpacket::Seqpacket,
@@ -63,6 +64,8 @@ pub struct Launch<'a> {
     pub kernel_params: &'a str,
     /// Where what the guest writes on its console is kept.
     pub console: RingLog,
+    /// Where the two programs are born.
+    pub cgroup: Option<Arc<Cgroup>>,
 }
 
 /// Why a machine was not launched. Nothing of it is left.
@@ -212,7 +215,11 @@ pub async fn launch(
         .send(&config, None)
         .await
         .map_err(resource("the control socket"))?;
-    let vmm = child::spawn(Program {
+    let surroundings = || Surroundings {
+        cgroup: launch.cgroup.clone(),
+        ..Surroundings::default()
+    };
+    let vmm = Program {
         path: &launch.programs.vmm,
         fds: vec![
             (fds::vmm::LOG, vmm_log_end),
@@ -225,15 +232,19 @@ pub async fn launch(
             (fds::vmm::FS, fs_vmm),
             (fds::vmm::VSOCK, channel_end),
         ],
-    });
-    let fsd = child::spawn(Program {
+    };
+    let fsd = Program {
         path: &launch.programs.fsd,
         fds: vec![
             (fds::fsd::LOG, fsd_log_end),
             (fds::fsd::SHARE, share),
             (fds::fsd::CHANNEL, fs_fsd),
         ],
-    });
+    };
+    let (vmm, fsd) = (
+        child::spawn_in(vmm, surroundings()),
+        child::spawn_in(fsd, surroundings()),
+    );
     let (vmm, fsd) = match tokio::join!(vmm, fsd) {
         (Ok(vmm), Ok(fsd)) => (vmm, fsd),
         (vmm, fsd) => {

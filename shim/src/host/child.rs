@@ -24,7 +24,10 @@ use nix::{
 };
 use tokio::sync::{oneshot, watch};
 
-use super::pid::{Identity, pidfd_open, pidfd_signal};
+use super::{
+    cgroup::{self, Cgroup, Entry},
+    pid::{Identity, pidfd_open, pidfd_signal},
+};
 
 /// Lowest number for descriptors on their way to a child: above every number of a descriptor table.
 const STAGING: RawFd = 64;
@@ -49,6 +52,8 @@ pub struct Surroundings {
     pub umask: libc::mode_t,
     /// It is killed when this process dies.
     pub dies_with_us: bool,
+    /// Where it is born; `None`: where this process came from, see [`cgroup::move_in`].
+    pub cgroup: Option<Arc<Cgroup>>,
 }
 
 impl Default for Surroundings {
@@ -59,6 +64,7 @@ impl Default for Surroundings {
             env: Vec::new(),
             umask: 0o077,
             dies_with_us: true,
+            cgroup: None,
         }
     }
 }
@@ -163,6 +169,7 @@ struct Plan {
     env: Vec<CString>,
     umask: libc::mode_t,
     dies_with_us: bool,
+    cgroup: Option<Arc<Cgroup>>,
     failure: OwnedFd,
     result: OwnedFd,
 }
@@ -200,6 +207,7 @@ impl Plan {
             env: surroundings.env,
             umask: surroundings.umask,
             dies_with_us: surroundings.dies_with_us,
+            cgroup: surroundings.cgroup,
             failure: stage(&failure)?,
             result,
         })
@@ -225,15 +233,20 @@ fn run(plan: Plan, started: oneshot::Sender<io::Result<Child>>) {
     let argv: Vec<*const c_char> = own_name.chain(args).chain(null.clone()).collect();
     let envp: Vec<*const c_char> = plan.env.iter().map(|name| name.as_ptr()).chain(null).collect();
     let parent = std::process::id() as libc::pid_t;
+    let home = plan
+        .cgroup
+        .as_deref()
+        .map(Cgroup::entry)
+        .or_else(|| cgroup::origin());
     // SAFETY: the child calls only async-signal-safe functions (see `child`) and never returns.
-    let pid = match unsafe { libc::fork() } {
-        -1 => {
+    let pid = match unsafe { fork(home) } {
+        (-1, _) => {
             let _ = started.send(Err(io::Error::last_os_error()));
             return;
         }
         // SAFETY: this is the child of a fork, with the plan and the arrays built before it.
-        0 => unsafe { child(&plan, parent, &argv, &envp) },
-        pid => pid,
+        (0, born) => unsafe { child(&plan, parent, &argv, &envp, home.map(|home| (home, born))) },
+        (pid, _) => pid,
     };
     let Plan {
         failure, mut result, ..
@@ -283,9 +296,37 @@ fn executed(result: &mut OwnedFd) -> io::Result<()> {
     }
 }
 
+/// As fork(2), with the child in the directory of `home` in version 2's hierarchy at once, if the kernel can do that:
+/// then the second value is true.
+///
+/// # Safety
+/// As for fork(2) in a process with threads: the child may call only async-signal-safe functions.
+unsafe fn fork(home: Option<&Entry>) -> (libc::pid_t, bool) {
+    if let Some(dir) = home.and_then(Entry::unified) {
+        // SAFETY: all zeros are a valid value.
+        let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
+        args.flags = libc::CLONE_INTO_CGROUP as u64;
+        args.exit_signal = libc::SIGCHLD as u64;
+        args.cgroup = dir.as_raw_fd() as u64;
+        // SAFETY: the arguments live through the call. Without CLONE_VM the child has its own copy of the memory.
+        let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of_val(&args)) };
+        if pid >= 0 {
+            return (pid as libc::pid_t, true);
+        }
+    }
+    // SAFETY: the caller's.
+    (unsafe { libc::fork() }, false)
+}
+
 /// # Safety
 /// Only in the child of a fork, with the signals blocked.
-unsafe fn child(plan: &Plan, parent: libc::pid_t, argv: &[*const c_char], envp: &[*const c_char]) -> ! {
+unsafe fn child(
+    plan: &Plan,
+    parent: libc::pid_t,
+    argv: &[*const c_char],
+    envp: &[*const c_char],
+    home: Option<(&Entry, bool)>,
+) -> ! {
     // SAFETY: only async-signal-safe calls, on memory that was made before the fork.
     unsafe {
         let fail = || -> ! {
@@ -293,6 +334,9 @@ unsafe fn child(plan: &Plan, parent: libc::pid_t, argv: &[*const c_char], envp: 
             libc::write(plan.failure.as_raw_fd(), errno.as_ptr().cast(), errno.len());
             libc::_exit(127)
         };
+        if home.is_some_and(|(home, born)| !home.enter(born)) {
+            fail();
+        }
         if libc::setsid() < 0
             || (plan.dies_with_us && libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0)
             || libc::chdir(plan.root.as_ptr()) != 0

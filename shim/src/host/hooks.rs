@@ -332,7 +332,8 @@ async fn run_one(
     Err(HookError::Failed { hook, how, output })
 }
 
-/// Starts a hook in the bundle's directory, in a process group of its own, to be killed when this process dies.
+/// Starts a hook in the bundle's directory, in a process group of its own and in the cgroup where this process came
+/// from, to be killed when this process dies.
 fn start(hook: &Hook, bundle: &Path, join: &[OwnedFd], output: OwnedFd) -> io::Result<tokio::process::Child> {
     let join: Vec<RawFd> = join.iter().map(AsRawFd::as_raw_fd).collect();
     let image = Image::new(hook)?;
@@ -344,10 +345,15 @@ fn start(hook: &Hook, bundle: &Path, join: &[OwnedFd], output: OwnedFd) -> io::R
         .stdin(Stdio::piped())
         .stdout(output.try_clone()?)
         .stderr(output);
-    // SAFETY: prctl, setns and execve are async-signal-safe; all memory was made before the fork, and the descriptors
-    // are open until the hook has been started.
+    let home = super::cgroup::origin();
+    // SAFETY: prctl, setns, write and execve are async-signal-safe; all memory was made before the fork, and the
+    // descriptors are open until the hook has been started.
     unsafe {
         command.pre_exec(move || {
+            // It may start what outlives the sandbox: that must not be in the sandbox's cgroup.
+            if home.is_some_and(|home| !home.enter(false)) {
+                return Err(io::Error::last_os_error());
+            }
             libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
             for fd in &join {
                 if libc::setns(*fd, 0) != 0 {

@@ -1,5 +1,6 @@
 //! One concept of the host each.
 
+pub mod cgroup;
 pub mod child;
 pub mod hooks;
 pub mod idmap;

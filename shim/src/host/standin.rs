@@ -1,6 +1,6 @@
 //! Stand-ins: the processes that stand for containers and execs on the host. See the program, `husk-standin`.
 
-use std::{ffi::CString, io, os::fd::OwnedFd, path::Path, time::Duration};
+use std::{ffi::CString, io, os::fd::OwnedFd, path::Path, sync::Arc, time::Duration};
 
 use husk_standin::{
     CHANNEL, NAMESPACES,
@@ -9,6 +9,7 @@ use husk_standin::{
 use tokio::time::timeout;
 
 use super::{
+    cgroup::Cgroup,
     child::{self, Child, End, Program, Surroundings},
     namespaces::{Kind, Namespace},
     pid::Identity,
@@ -32,6 +33,8 @@ pub struct Role<'a> {
     pub join: Vec<OwnedFd>,
     /// Namespaces to make: `CLONE_NEW…` flags.
     pub unshare: i32,
+    /// Where it is born.
+    pub cgroup: Option<Arc<Cgroup>>,
 }
 
 /// A stand-in. Dropped, it ends as if it were killed.
@@ -39,6 +42,7 @@ pub struct Role<'a> {
 pub struct StandIn {
     child: Child,
     channel: Seqpacket,
+    cgroup: Option<Arc<Cgroup>>,
 }
 
 /// What happens to a stand-in.
@@ -105,10 +109,15 @@ impl StandIn {
         };
         let surroundings = Surroundings {
             args: vec![CString::new(role.name).map_err(|error| execute(error.into()))?],
+            cgroup: role.cgroup.clone(),
             ..Surroundings::default()
         };
         let child = child::spawn_in(program, surroundings).await.map_err(execute)?;
-        let this = Self { child, channel };
+        let this = Self {
+            child,
+            channel,
+            cgroup: role.cgroup,
+        };
         match timeout(STAND, this.first_word()).await {
             Ok(Ok(())) => Ok(this),
             failed => {
@@ -148,6 +157,11 @@ impl StandIn {
     /// Its pid.
     pub fn pid(&self) -> u32 {
         self.child.pid()
+    }
+
+    /// Where it was born.
+    pub fn cgroup(&self) -> Option<Arc<Cgroup>> {
+        self.cgroup.clone()
     }
 
     /// Its pid and start time.

@@ -97,7 +97,7 @@ impl Pod {
             return Err(answer(Code::INVALID_ARGUMENT, text));
         }
         let (stdio, held) = self.open(&config.names, &config.id).await?;
-        let sandbox = self.sandbox(&bundle, &config.options).await?;
+        let sandbox = self.sandbox(&config.id, &bundle, &config.options).await?;
         let request = CreateContainer {
             id: config.id.clone(),
             bundle: directory.clone(),
@@ -158,8 +158,8 @@ impl Pod {
             .map_err(|error| status::io(&error))
     }
 
-    /// The sandbox, started if need be for the container in `bundle`.
-    async fn sandbox(&self, bundle: &Bundle, options: &Options) -> ttrpc::Result<Arc<Sandbox>> {
+    /// The sandbox, started if need be for the container `id` in `bundle`.
+    async fn sandbox(&self, id: &str, bundle: &Bundle, options: &Options) -> ttrpc::Result<Arc<Sandbox>> {
         loop {
             let (over, mut under_way) = {
                 let mut state = self.lock();
@@ -186,7 +186,7 @@ impl Pod {
                 let _ = under_way.changed().await;
                 continue;
             };
-            let started = self.start_sandbox(bundle, options).await;
+            let started = self.start_sandbox(id, bundle, options).await;
             let mut state = self.lock();
             state.sandbox = Slot::Empty;
             if let Ok((sandbox, settings)) = &started {
@@ -201,13 +201,14 @@ impl Pod {
 
     async fn start_sandbox(
         &self,
+        id: &str,
         bundle: &Bundle,
         options: &Options,
     ) -> ttrpc::Result<(Arc<Sandbox>, Arc<Settings>)> {
         let settings = Settings::read(options, &bundle.outline).map_err(|error| status::settings(&error))?;
         log::apply(&settings.config.log);
         tracing::info!(configuration = options.config.name(), "the sandbox starts");
-        let started = self.start_with(bundle, &settings).await;
+        let started = self.start_with(id, bundle, &settings).await;
         let sandbox = started.map_err(|error| {
             let error = status::start(&error);
             tracing::error!(%error, "the sandbox did not start");
@@ -216,8 +217,13 @@ impl Pod {
         Ok((sandbox, Arc::new(settings)))
     }
 
-    async fn start_with(&self, bundle: &Bundle, settings: &Settings) -> Result<Arc<Sandbox>, StartError> {
-        let config = |programs| settings.sandbox(&self.namespace, &self.id, &bundle.outline, programs);
+    async fn start_with(
+        &self,
+        id: &str,
+        bundle: &Bundle,
+        settings: &Settings,
+    ) -> Result<Arc<Sandbox>, StartError> {
+        let config = |programs| settings.sandbox(&self.namespace, &self.id, id, &bundle.outline, programs);
         #[cfg(test)]
         if let Some(stage) = &self.stage {
             return stage
