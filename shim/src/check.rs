@@ -14,7 +14,7 @@ use tokio::{sync::mpsc::unbounded_channel, time::timeout};
 
 use crate::{
     config::{Config, ConfigError, Source},
-    engine::{LocateError, Programs, Sandbox, SandboxConfig, cleanup},
+    engine::{CgroupConfig, LocateError, Programs, Sandbox, SandboxConfig, cleanup},
     front::sizing::Host,
     guest::vm::kvm_advice,
     host::{memory::guest_memory, pid::pidfd_open, ringlog::RingLog},
@@ -339,6 +339,10 @@ async fn boot(
         hostname: "check".into(),
         kernel_params: operator.kernel_params(None),
         operator,
+        cgroup: CgroupConfig {
+            container: id.clone(),
+            ..CgroupConfig::default()
+        },
         log: RingLog::default(),
     };
     let begin = Instant::now();

@@ -12,12 +12,8 @@ use std::{
 use serde::Deserialize;
 
 use super::{
-    EngineError, Sandbox, SandboxConfig, StartError,
-    container::chain,
-    places::Places,
-    record::Record,
-    standins::update,
-    undo::Undo,
+    EngineError, Sandbox, SandboxConfig, StartError, container::chain, places::Places, record::Record,
+    standins::update, undo::Undo,
 };
 use crate::host::{
     cgroup::{self, Cgroup, CgroupError, Driver, Hierarchies, Limits, Plan, Wanted},
@@ -125,10 +121,12 @@ impl Cgroups {
         let Some(own) = self.own() else { return Ok(()) };
         let hierarchies = self.hierarchies.clone();
         let moved = tokio::task::spawn_blocking(move || cgroup::move_in(&hierarchies, &own)).await;
-        let moved = moved.map_err(io::Error::other).map_err(|source| StartError::Host {
-            what: "cannot move husk's own process into the cgroup".into(),
-            source,
-        })?;
+        let moved = moved
+            .map_err(io::Error::other)
+            .map_err(|source| StartError::Host {
+                what: "cannot move husk's own process into the cgroup".into(),
+                source,
+            })?;
         moved.map_err(not_made)
     }
 
@@ -258,7 +256,9 @@ impl Sandbox {
         undo: &mut Undo,
     ) -> Result<Home, EngineError> {
         let cgroups = &self.parts.cgroups;
-        let Some(own) = cgroups.own() else { return Ok(Home::Born(None)) };
+        let Some(own) = cgroups.own() else {
+            return Ok(Home::Born(None));
+        };
         let planned = cgroups
             .plan(path, id)
             .map_err(|error| EngineError::InvalidSpec(error.to_string()))?;
@@ -293,7 +293,10 @@ impl Sandbox {
     pub(super) async fn move_home(&self, plan: Plan, pid: u32) -> Result<(), EngineError> {
         let made = make(plan, pid).await?;
         made.entry().take(pid).map_err(|source| EngineError::Host {
-            what: format!("cannot move the stand-in into the cgroup {}", made.path().display()),
+            what: format!(
+                "cannot move the stand-in into the cgroup {}",
+                made.path().display()
+            ),
             source,
         })
     }

@@ -16,8 +16,8 @@ use husk_agent_protocol::limits::MAX_SUBMOUNTS;
 use tokio::time::timeout;
 
 use super::{
-    CreateContainer, EngineError, Exit, Sandbox, cgroups::Home, lock, sandbox::check_id, spec::Spec, streams::Streams,
-    table::KILLED, undo::Undo,
+    CreateContainer, EngineError, Exit, Sandbox, cgroups::Home, lock, sandbox::check_id, spec::Spec,
+    streams::Streams, table::KILLED, undo::Undo,
 };
 use crate::{
     guest::agent::Shown,
@@ -220,7 +220,7 @@ impl Sandbox {
         Ok(root)
     }
 
-    fn step(&self, name: &'static str) -> Result<(), EngineError> {
+    pub(super) fn step(&self, name: &'static str) -> Result<(), EngineError> {
         self.parts.places.step(name).map_err(|source| EngineError::Host {
             what: format!("step {name}"),
             source,

@@ -13,7 +13,7 @@ use tokio::{
 };
 
 use super::{
-    EngineError, Event, Exit, ProcessInfo, ProcessStatus, SandboxConfig, StartError, Stdio,
+    EngineError, Event, Exit, ProcessInfo, ProcessStatus, SandboxConfig, StartError, Stdio, cgroups::Cgroups,
     error::last_words, hooks::Lives, lock, places::Places, record::Record, spec, standins::StandIns, start,
     streams::Streams, table::Table, undo::Undo, volumes::Volumes,
 };

@@ -242,6 +242,8 @@ async fn run(binary: &Binary, whose: Whose<'_>) -> io::Result<(Child, Inputs, Re
         umask: 0o022,
         // After a crash of this process it still writes what it has.
         dies_with_us: false,
+        // It may still write when the sandbox is gone.
+        cgroup: None,
     };
     let child = spawn_in(program, surroundings).await?;
     let inputs = Inputs {

@@ -90,7 +90,10 @@ impl Settings {
             kernel_params: self.wishes.kernel_params(&self.config),
             operator: self.config.clone(),
             cgroup: CgroupConfig {
-                path: outline.linux.as_ref().and_then(|linux| linux.cgroups_path.clone()),
+                path: outline
+                    .linux
+                    .as_ref()
+                    .and_then(|linux| linux.cgroups_path.clone()),
                 container: container.to_owned(),
                 by_systemd: self.systemd_cgroup,
                 limits,

@@ -32,6 +32,9 @@ use super::{
 /// Lowest number for descriptors on their way to a child: above every number of a descriptor table.
 const STAGING: RawFd = 64;
 
+/// The flag of clone3(2), whose constant in libc is too narrow.
+const CLONE_INTO_CGROUP: u64 = 1 << 33;
+
 /// A program to start.
 #[derive(Debug)]
 pub struct Program<'a> {
@@ -305,7 +308,7 @@ unsafe fn fork(home: Option<&Entry>) -> (libc::pid_t, bool) {
     if let Some(dir) = home.and_then(Entry::unified) {
         // SAFETY: all zeros are a valid value.
         let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
-        args.flags = libc::CLONE_INTO_CGROUP as u64;
+        args.flags = CLONE_INTO_CGROUP;
         args.exit_signal = libc::SIGCHLD as u64;
         args.cgroup = dir.as_raw_fd() as u64;
         // SAFETY: the arguments live through the call. Without CLONE_VM the child has its own copy of the memory.

@@ -50,7 +50,9 @@ fn left(trace: &Trace) -> Vec<&PathBuf> {
 
 #[tokio::test]
 async fn a_process_is_born_in_a_cgroup_that_goes_with_it() {
-    let Some((hierarchies, wanted)) = hierarchies("born") else { return };
+    let Some((hierarchies, wanted)) = hierarchies("born") else {
+        return;
+    };
     let plan = Plan::new(&hierarchies, &wanted);
     let trace = plan.trace();
     let limits = Limits {
@@ -66,7 +68,10 @@ async fn a_process_is_born_in_a_cgroup_that_goes_with_it() {
     let Wanted::Path(path) = &wanted else { panic!() };
     let inside = own.lines().filter(|line| line.ends_with(path.to_str().unwrap()));
     assert_eq!(inside.count(), hierarchies.0.len(), "{own}");
-    let pids = cgroup.places.iter().find(|(_, path)| path.join("pids.max").exists());
+    let pids = cgroup
+        .places
+        .iter()
+        .find(|(_, path)| path.join("pids.max").exists());
     if let Some((_, path)) = pids {
         assert_eq!(fs::read_to_string(path.join("pids.max")).unwrap(), "99\n");
     }
@@ -81,10 +86,15 @@ async fn a_process_is_born_in_a_cgroup_that_goes_with_it() {
 
 #[test]
 fn what_others_made_or_use_is_left_alone() {
-    let Some((hierarchies, wanted)) = hierarchies("others") else { return };
+    let Some((hierarchies, wanted)) = hierarchies("others") else {
+        return;
+    };
     let Wanted::Path(path) = &wanted else { panic!() };
     let sibling = Wanted::Path(path.with_file_name("c"));
-    let (one, two) = (Plan::new(&hierarchies, &wanted), Plan::new(&hierarchies, &sibling));
+    let (one, two) = (
+        Plan::new(&hierarchies, &wanted),
+        Plan::new(&hierarchies, &sibling),
+    );
     let (first, second) = (one.trace(), two.trace());
     one.make(nobody(), &Limits::default()).unwrap();
     two.make(nobody(), &Limits::default()).unwrap();
@@ -107,7 +117,9 @@ fn what_others_made_or_use_is_left_alone() {
 
 #[tokio::test]
 async fn a_kill_for_want_of_memory_is_counted() {
-    let Some((hierarchies, wanted)) = hierarchies("oom") else { return };
+    let Some((hierarchies, wanted)) = hierarchies("oom") else {
+        return;
+    };
     let plan = Plan::new(&hierarchies, &wanted);
     let trace = plan.trace();
     let limits = Limits {
@@ -115,14 +127,16 @@ async fn a_kill_for_want_of_memory_is_counted() {
         ..Limits::default()
     };
     let cgroup = Arc::new(plan.make(nobody(), &limits).unwrap());
-    if !cgroup.places.iter().any(|(_, path)| {
-        path.join("memory.max").exists() || path.join("memory.limit_in_bytes").exists()
-    }) {
+    if !cgroup
+        .places
+        .iter()
+        .any(|(_, path)| path.join("memory.max").exists() || path.join("memory.limit_in_bytes").exists())
+    {
         eprintln!("no controller of memory here");
         return trace.remove().unwrap();
     }
     assert_eq!(cgroup.oom_kills(), 0);
-    let (child, _dir) = start(&cgroup, "exec tail -c 200000000 /dev/zero").await;
+    let (child, _dir) = start(&cgroup, "exec dd if=/dev/zero of=/dev/null bs=200M count=1").await;
     assert_eq!(child.ended().await.to_string(), "was killed by SIGKILL");
     assert_eq!(cgroup.oom_kills(), 1);
     trace.remove().unwrap();

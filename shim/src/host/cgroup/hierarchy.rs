@@ -19,10 +19,7 @@ pub struct Hierarchy {
 impl Hierarchy {
     /// Whether it is of version 1 and has that controller.
     pub fn has(&self, controller: &str) -> bool {
-        self.controllers
-            .iter()
-            .flatten()
-            .any(|known| known == controller)
+        self.controllers.iter().flatten().any(|known| known == controller)
     }
 }
 
@@ -49,7 +46,10 @@ impl Hierarchies {
                 continue;
             };
             // The same one may be mounted several times.
-            if found.iter().any(|known| known.controllers == hierarchy.controllers) {
+            if found
+                .iter()
+                .any(|known| known.controllers == hierarchy.controllers)
+            {
                 continue;
             }
             let Some(own) = own_of(&hierarchy, &root, own) else {
@@ -211,7 +211,10 @@ mod tests {
     fn what_is_no_hierarchy_is_none() {
         assert_eq!(Hierarchies::parse("", ""), Hierarchies::default());
         assert!(!Hierarchies::default().unified());
-        assert_eq!(Hierarchies::parse("x - cgroup2\n1 - -\n", "0::/"), Hierarchies::default());
+        assert_eq!(
+            Hierarchies::parse("x - cgroup2\n1 - -\n", "0::/"),
+            Hierarchies::default()
+        );
         Hierarchies::of_this_host().unwrap();
     }
 }

@@ -211,8 +211,14 @@ fn is_marked(dir: &Path) -> bool {
     };
     let mut value = [0_u8; 8];
     // SAFETY: the first two live through the call; the third is as long as is said.
-    let length =
-        unsafe { libc::lgetxattr(path.as_ptr(), MARK.as_ptr(), value.as_mut_ptr().cast(), value.len()) };
+    let length = unsafe {
+        libc::lgetxattr(
+            path.as_ptr(),
+            MARK.as_ptr(),
+            value.as_mut_ptr().cast(),
+            value.len(),
+        )
+    };
     length > 0
 }
 
@@ -232,7 +238,10 @@ impl Cgroup {
 
     /// Whether it is the one that `plan` would make.
     pub fn is(&self, plan: &Plan) -> bool {
-        self.places.iter().map(|(_, path)| path).eq(plan.places.iter().map(|(_, path)| path))
+        self.places
+            .iter()
+            .map(|(_, path)| path)
+            .eq(plan.places.iter().map(|(_, path)| path))
     }
 
     /// Sets limits, as far as the host's controllers go: those for a container's sake hold in the guest in any case.
@@ -345,7 +354,11 @@ pub fn move_in(hierarchies: &Hierarchies, cgroup: &Cgroup) -> Result<(), CgroupE
     let home = |hierarchy: &Hierarchy| {
         let own = hierarchy.mount.join(&hierarchy.own);
         // It may have been removed under us.
-        if own.is_dir() { own } else { hierarchy.mount.clone() }
+        if own.is_dir() {
+            own
+        } else {
+            hierarchy.mount.clone()
+        }
     };
     let places: Vec<(&Hierarchy, PathBuf)> = hierarchies
         .0

@@ -189,10 +189,7 @@ mod tests {
             ("a/b", "path a/b"),
             ("", "path c"),
             ("/a:b", "path /a:b"),
-            (
-                "system.slice:docker:x",
-                "unit /system.slice/docker-x.scope",
-            ),
+            ("system.slice:docker:x", "unit /system.slice/docker-x.scope"),
             (
                 "kubepods-burstable-podA_B.slice:cri-containerd:x",
                 "unit /kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podA_B.slice/cri-containerd-x.scope",
@@ -210,7 +207,10 @@ mod tests {
             read("a.slice:b:c", Driver::Cgroupfs, true).unwrap(),
             "path a.slice:b:c"
         );
-        assert_eq!(read(":b:c", Driver::Systemd, false).unwrap(), "unit /system.slice/b-c.scope");
+        assert_eq!(
+            read(":b:c", Driver::Systemd, false).unwrap(),
+            "unit /system.slice/b-c.scope"
+        );
         assert_eq!(read("/a", Driver::None, true).unwrap(), "none");
     }
 

@@ -111,7 +111,12 @@ fn describe(properties: &mut Body, unit: &Unit, first: u32, limits: &Limits, oom
         }
     }
     set(properties, "DefaultDependencies", "b", &|value| value.number(0));
-    for name in ["CPUAccounting", "MemoryAccounting", "TasksAccounting", "IOAccounting"] {
+    for name in [
+        "CPUAccounting",
+        "MemoryAccounting",
+        "TasksAccounting",
+        "IOAccounting",
+    ] {
         set(properties, name, "b", &|value| value.number(1));
     }
     describe_limits(properties, limits);

@@ -69,7 +69,9 @@ fn call(stream: &mut UnixStream) -> (u32, String) {
 }
 
 /// A peer that greets and then answers each call by what `answer` says.
-fn peer(answer: impl Fn(u32, &str) -> Vec<u8> + Send + 'static) -> (tempfile::TempDir, JoinHandle<Vec<String>>) {
+fn peer(
+    answer: impl Fn(u32, &str) -> Vec<u8> + Send + 'static,
+) -> (tempfile::TempDir, JoinHandle<Vec<String>>) {
     let dir = tempfile::tempdir().unwrap();
     let listener = UnixListener::bind(dir.path().join("bus")).unwrap();
     let peer = thread::spawn(move || {
@@ -138,7 +140,10 @@ fn a_unit_is_there_when_its_job_is_done() {
     start_on(&mut connect_to(&dir, START), &unit(), 4711, &limits).unwrap();
     let calls = peer.join().unwrap();
     let called = |call: &str| calls.iter().filter(|text| text.contains(call)).count();
-    assert_eq!((called("Hello"), called("AddMatch"), called("Subscribe")), (1, 1, 1));
+    assert_eq!(
+        (called("Hello"), called("AddMatch"), called("Subscribe")),
+        (1, 1, 1)
+    );
     let start = calls.last().unwrap();
     for part in [
         "org.freedesktop.systemd1",

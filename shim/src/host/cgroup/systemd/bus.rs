@@ -278,10 +278,13 @@ impl Bus {
     pub fn listen_to_jobs(&mut self) -> io::Result<()> {
         if self.shared {
             let mut rule = Body::default();
-            rule.string(&format!("type='signal',interface='{MANAGER}',member='JobRemoved'"));
+            rule.string(&format!(
+                "type='signal',interface='{MANAGER}',member='JobRemoved'"
+            ));
             self.call_bus("AddMatch", "s", rule)?.into_nothing()?;
         }
-        self.call_manager("Subscribe", "", Body::default())?.into_nothing()
+        self.call_manager("Subscribe", "", Body::default())?
+            .into_nothing()
     }
 
     fn call_bus(&mut self, member: &str, signature: &str, body: Body) -> io::Result<Reply> {
