@@ -208,7 +208,7 @@ fn much_data() {
             fs::write(
                 volume.join("big"),
                 (0..8_000_000_u32)
-                    .map(|n| (n * 7 >> 3) as u8)
+                    .map(|n| ((n * 7) >> 3) as u8)
                     .collect::<Vec<u8>>(),
             )
             .unwrap()

@@ -137,13 +137,7 @@ impl Sandbox {
 
     /// Mounts a container's root file system and volumes in the share. Tells what the guest
     /// has to know of them.
-    fn show(
-        &self,
-        id: &str,
-        root: &Path,
-        needs: &Spec,
-        undo: &mut Undo,
-    ) -> Result<Shown, EngineError> {
+    fn show(&self, id: &str, root: &Path, needs: &Spec, undo: &mut Undo) -> Result<Shown, EngineError> {
         let base = self.parts.dir.join("share").join(id);
         let shown = base.clone();
         undo.push("remove the container from the share", move || {
@@ -173,11 +167,9 @@ impl Sandbox {
         for volume in &needs.volumes {
             self.step("volume")?;
             let volumes = Arc::clone(&self.parts.volumes);
-            let number = volumes
-                .take(volume)
-                .map_err(|error| {
-                    EngineError::InvalidSpec(format!("mounts[{}]: {}", volume.index, chain(&error)))
-                })?;
+            let number = volumes.take(volume).map_err(|error| {
+                EngineError::InvalidSpec(format!("mounts[{}]: {}", volume.index, chain(&error)))
+            })?;
             paths.push(volumes.path(number));
             undo.push("remove a volume", move || volumes.release(number));
             shown.volumes.push((volume.index, number));

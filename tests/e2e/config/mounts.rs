@@ -202,10 +202,18 @@ fn bind_mounts_with_mounts_below() {
             let _nested = Nested::of(bundle);
             let many = "/m/many rw,nosuid,nodev,noexec,noatime\n";
             let (expected, refused) = match runtime {
-                Runtime::Runc => (format!("ro-sub-written\n{many}{}", many.replace("many", "many/sub")), 3),
+                Runtime::Runc => (
+                    format!("ro-sub-written\n{many}{}", many.replace("many", "many/sub")),
+                    3,
+                ),
                 Runtime::Husk => (many.to_owned(), 4),
             };
-            assert_eq!(done.out(), format!("nested\nnested\nfile\n{expected}"), "{runtime:?}: {}", done.err());
+            assert_eq!(
+                done.out(),
+                format!("nested\nnested\nfile\n{expected}"),
+                "{runtime:?}: {}",
+                done.err()
+            );
             let errors = done.err().matches("ead-only file system").count();
             assert_eq!(errors, refused, "{runtime:?}: {}", done.err());
         });

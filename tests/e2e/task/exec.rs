@@ -115,10 +115,17 @@ fn its_own_process_object() {
         });
         let (out, code) = shim.exec_to_end("e", &["sh", "-c", script], change);
         assert_eq!(code, 0);
-        let rest = out.replacen("\n0077\n", "\n", 1).replacen("\nNoNewPrivs:\t0\n77\n", "\nNoNewPrivs:\t0\n", 1);
+        let rest =
+            out.replacen("\n0077\n", "\n", 1)
+                .replacen("\nNoNewPrivs:\t0\n77\n", "\nNoNewPrivs:\t0\n", 1);
         let rest = match shim.runtime {
             // runc's exec has no umask and no oomScoreAdj of its own, whatever its process object says.
-            Runtime::Runc => rest.replacen("\n0022\n", "\n", 1).lines().take(8).map(|line| format!("{line}\n")).collect(),
+            Runtime::Runc => rest
+                .replacen("\n0022\n", "\n", 1)
+                .lines()
+                .take(8)
+                .map(|line| format!("{line}\n"))
+                .collect(),
             Runtime::Husk => {
                 assert!(out.contains("\n0077\n") && out.ends_with("\n77\n"), "{out}");
                 rest

@@ -116,15 +116,21 @@ fn watch(directory: &str) {
         (AddWatchFlags::IN_MOVED_TO, "moved_to"),
         (AddWatchFlags::IN_DELETE, "delete"),
     ];
-    let all = kinds.iter().fold(AddWatchFlags::empty(), |all, (kind, _)| all | *kind);
-    let Ok(inotify) = Inotify::init(InitFlags::IN_CLOEXEC) else { return println!("no inotify") };
+    let all = kinds
+        .iter()
+        .fold(AddWatchFlags::empty(), |all, (kind, _)| all | *kind);
+    let Ok(inotify) = Inotify::init(InitFlags::IN_CLOEXEC) else {
+        return println!("no inotify");
+    };
     if let Err(error) = inotify.add_watch(directory, all) {
         return println!("watch {directory}: {error:?}");
     }
     println!("watching");
     while let Ok(events) = inotify.read_events() {
         for event in events {
-            let Some((kind, word)) = kinds.iter().find(|(kind, _)| event.mask.contains(*kind)) else { continue };
+            let Some((kind, word)) = kinds.iter().find(|(kind, _)| event.mask.contains(*kind)) else {
+                continue;
+            };
             println!("{word} {}", event.name.unwrap_or_default().to_string_lossy());
             if *kind == AddWatchFlags::IN_DELETE {
                 return;
