@@ -28,6 +28,10 @@ pub const MAX_STATS_LEN: usize = 256 << 10;
 /// Where the agent mounts the share in the guest.
 pub const GUEST_SHARE: &str = "/run/husk/share";
 
+/// Most mounts below a container's root file system and volumes that the host tells of. The guest meets others as they
+/// are walked into.
+pub const MAX_SUBMOUNTS: usize = 1024;
+
 /// Whether `id` may name a container or an exec: 1 to [`MAX_ID_LEN`] bytes of `[A-Za-z0-9_.+-]`, of which the
 /// first is a letter, a digit or `_`. This excludes `/`, `.` and `..` as names of files.
 pub fn is_valid_id(id: &str) -> bool {
@@ -68,7 +72,3 @@ mod tests {
         }
     }
 }
-
-/// Most mounts below a container's root file system and volumes that the host tells of. The guest meets others as they
-/// are walked into.
-pub const MAX_SUBMOUNTS: usize = 1024;

@@ -22,6 +22,7 @@ fn role<'a>() -> Role<'a> {
         name: "a-container",
         join: vec![],
         unshare: 0,
+        cgroup: None,
     }
 }
 
