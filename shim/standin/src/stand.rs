@@ -10,11 +10,18 @@ static ALL: u64 = u64::MAX;
 /// How the C library's signal sets begin for the kernel: 64 bits.
 const SET_LEN: usize = 8;
 
-/// Holds every signal back that can be held back.
+/// Holds every signal back that can be held back, and gives those that Rust's runtime handles (SIGSEGV, SIGBUS) or
+/// ignores (SIGPIPE) their default effect again, for [`die`].
 ///
 /// # Errors
 /// The system's.
 pub fn block_signals() -> io::Result<()> {
+    for signal in [libc::SIGSEGV, libc::SIGBUS, libc::SIGPIPE] {
+        // SAFETY: the default action has no handler that would have to be sound.
+        if unsafe { libc::signal(signal, libc::SIG_DFL) } == libc::SIG_ERR {
+            return Err(io::Error::last_os_error());
+        }
+    }
     mask(libc::SIG_SETMASK, ALL)
 }
 
@@ -111,7 +118,7 @@ fn next_signal(signals: i32) -> Option<i32> {
     i32::try_from(info.ssi_signo).ok()
 }
 
-/// Dies of a signal. Nothing here has changed what signals do; one that is not deadly ends it by SIGKILL.
+/// Dies of a signal. [`block_signals`] left each its default effect; one that is not deadly ends it by SIGKILL.
 pub fn die(signal: i32) -> ! {
     let _ = mask(libc::SIG_UNBLOCK, ALL);
     // SAFETY: this process signals itself, and is then at its end.
