@@ -97,12 +97,22 @@ fn nothing_is_done_while_nothing_happens() {
     let before = context_switches();
     let asked = context_switches() - before;
     let start = context_switches();
+    // A thread of the shim's that has had nothing to do for ten seconds ends.
+    std::thread::sleep(Duration::from_secs(11));
     for name in ["containerd-shim-husk-v2", "husk-vmm", "husk-fsd"] {
         let pid = host::pid_of(name);
         std::thread::sleep(Duration::from_secs(1));
         let trace = Trace::of(pid, "trace=all");
         std::thread::sleep(Duration::from_secs(5));
-        let calls = trace.end();
+        let mut calls = trace.end();
+        // The guest's kernel draws new entropy each second at first and once a minute at last; a thread of its own
+        // answers.
+        let rng: Vec<String> = calls
+            .iter()
+            .filter(|line| line.contains("getrandom("))
+            .filter_map(|line| line.split_whitespace().next().map(str::to_owned))
+            .collect();
+        calls.retain(|line| !rng.iter().any(|thread| line.starts_with(thread)));
         assert!(
             calls.len() <= 3,
             "{name} made {} calls in five idle seconds: {calls:#?}",
@@ -112,8 +122,8 @@ fn nothing_is_done_while_nothing_happens() {
     let idle = (context_switches() - start).saturating_sub(asked);
     // The kernel's own threads look after themselves a few times a second; somebody who polls wakes up more often.
     assert!(
-        idle < 600,
-        "{idle} context switches in the guest in some twenty idle seconds"
+        idle < 900,
+        "{idle} context switches in the guest in some thirty idle seconds"
     );
     shim.end();
 }
