@@ -179,16 +179,8 @@ fn refuse_unsupported(process: &Process, field: &str) -> Result<(), Fault> {
     if given(process.user().username()) {
         return refuse("user.username", "is for Windows only");
     }
-    if process
-        .apparmor_profile()
-        .as_deref()
-        .is_some_and(|name| !name.is_empty() && name != "unconfined")
-    {
-        return refuse(
-            "apparmorProfile",
-            "the guest's kernel has no AppArmor; use \"unconfined\"",
-        );
-    }
+    // This kernel has no AppArmor. Which profiles may be without effect is for the host's operator to say, and the host
+    // has asked: `apparmorProfile` is not looked at here.
     if given(process.selinux_label()) {
         return refuse("selinuxLabel", "the guest's kernel has no SELinux");
     }
@@ -346,7 +338,6 @@ mod tests {
     #[test]
     fn what_cannot_be_applied_is_refused_by_name() {
         for (field, json) in [
-            ("process.apparmorProfile", r#""apparmorProfile":"docker-default""#),
             ("process.selinuxLabel", r#""selinuxLabel":"x""#),
             ("process.commandLine", r#""commandLine":"x""#),
             (

@@ -83,6 +83,7 @@ fn each_option_changes_something_of_its_own() {
         ("programs.standin", "\"/s\""),
         ("cgroup.driver", "\"systemd\""),
         ("cgroup.limits", "false"),
+        ("security.ignored_apparmor_profiles", "[]"),
         ("timeouts.boot_seconds", "1"),
         ("timeouts.call_seconds", "1"),
         ("timeouts.shutdown_seconds", "1"),
@@ -290,4 +291,15 @@ fn sizes_are_bounded_by_the_operator_and_the_host() {
         machine("machine.max_memory_mib = 512").most_memory_mib(1 << 20),
         512
     );
+}
+
+#[test]
+fn the_engines_own_apparmor_profiles_may_be_without_effect_and_no_others() {
+    let security = Config::default().security;
+    for profile in ["", "unconfined", "docker-default", "containers-default-0.57.4"] {
+        assert!(security.ignores_apparmor(profile), "{profile}");
+    }
+    for profile in ["docker-default-2", "my-nginx", "containers-default", "*"] {
+        assert!(!security.ignores_apparmor(profile), "{profile}");
+    }
 }

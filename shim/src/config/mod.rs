@@ -39,6 +39,8 @@ pub struct Config {
     pub programs: ProgramPaths,
     /// The host's cgroups.
     pub cgroup: Cgroup,
+    /// What of a container's confinement may be without effect.
+    pub security: Security,
     /// How long things may take.
     pub timeouts: Timeouts,
     /// What is logged, and where.
@@ -167,6 +169,40 @@ impl Default for Cgroup {
         Self {
             driver: Driver::Auto,
             limits: true,
+        }
+    }
+}
+
+/// `[security]`: what of a container's confinement may be without effect.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Security {
+    /// Names of AppArmor profiles that a container may ask for in vain; a `*` at the end stands for anything.
+    pub ignored_apparmor_profiles: Vec<String>,
+}
+
+impl Security {
+    /// Whether an AppArmor profile (`process.apparmorProfile`) may be without effect.
+    pub fn ignores_apparmor(&self, profile: &str) -> bool {
+        let mut ignored = self.ignored_apparmor_profiles.iter();
+        matches!(profile, "" | "unconfined")
+            || ignored.any(|name| match name.strip_suffix('*') {
+                Some(start) => profile.starts_with(start),
+                None => profile == name,
+            })
+    }
+}
+
+impl Default for Security {
+    fn default() -> Self {
+        let profiles = [
+            "docker-default",
+            "nerdctl-default",
+            "cri-containerd.apparmor.d",
+            "crio-default",
+            "containers-default-*",
+        ];
+        Self {
+            ignored_apparmor_profiles: profiles.map(str::to_owned).to_vec(),
         }
     }
 }

@@ -38,7 +38,7 @@ const SECONDS: RangeInclusive<u64> = 1..=3600;
 const KIB: RangeInclusive<u64> = 4..=64 << 10;
 
 /// All of them, as `configs/husk.toml` lists them.
-pub const KEYS: [Key; 22] = [
+pub const KEYS: [Key; 23] = [
     key!(machine.vcpus, |c, v| c.machine.vcpus = Some(integer(v, VCPUS)?)),
     key!(machine.memory_mib, |c, v| c.machine.memory_mib = integer(v, MIB)?),
     key!(machine.memory_overhead_mib, |c, v| c
@@ -61,6 +61,10 @@ pub const KEYS: [Key; 22] = [
     key!(cgroup.driver, |c, v| c.cgroup.driver =
         one_of(v, &Driver::NAMES, Driver::of)?),
     key!(cgroup.limits, |c, v| c.cgroup.limits = boolean(v)?),
+    key!(security.ignored_apparmor_profiles, |c, v| c
+        .security
+        .ignored_apparmor_profiles =
+        strings(v)?),
     key!(timeouts.boot_seconds, |c, v| c.timeouts.boot = seconds(v)?),
     key!(timeouts.call_seconds, |c, v| c.timeouts.call = seconds(v)?),
     key!(timeouts.shutdown_seconds, |c, v| c.timeouts.shutdown =
@@ -146,14 +150,21 @@ pub fn kernel_params(params: &str) -> Result<String, String> {
     Ok(params.trim().to_owned())
 }
 
-fn annotations(value: &DeValue<'_>) -> Result<Vec<Annotation>, String> {
-    let DeValue::Array(names) = value else {
-        return Err("must be a list of strings".into());
+fn strings(value: &DeValue<'_>) -> Result<Vec<String>, String> {
+    let wanted = || "must be a list of strings".to_owned();
+    let DeValue::Array(items) = value else {
+        return Err(wanted());
     };
-    names
+    items
+        .iter()
+        .map(|item| string(item.get_ref()).map(str::to_owned).map_err(|_| wanted()))
+        .collect()
+}
+
+fn annotations(value: &DeValue<'_>) -> Result<Vec<Annotation>, String> {
+    strings(value)?
         .iter()
         .map(|name| {
-            let name = string(name.get_ref()).map_err(|_| "must be a list of strings".to_owned())?;
             Annotation::of(name).ok_or_else(|| {
                 format!(
                     "{name:?} is not an annotation of husk's; there are {}",

@@ -58,7 +58,7 @@ impl Sandbox {
             stdio,
         } = request;
         check_id("container", &id)?;
-        let needs = Spec::read(&spec, &bundle, stdio.terminal)?;
+        let needs = Spec::read(&spec, &bundle, stdio.terminal, &self.parts.operator.security)?;
         self.table().reserve(&id, stdio.terminal)?;
         let _reservation = Reservation {
             sandbox: self,

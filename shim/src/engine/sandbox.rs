@@ -18,6 +18,7 @@ use super::{
     streams::Streams, table::Table, undo::Undo, volumes::Volumes,
 };
 use crate::{
+    config::Config,
     guest::{
         agent::{Agent, GuestInfo},
         vm::Machine,
@@ -73,8 +74,7 @@ pub(super) struct Parts {
     pub ended: watch::Receiver<Option<Ended>>,
     /// Set when the end is wanted.
     pub stopping: Arc<OnceCell<()>>,
-    /// How long the guest may take to end in order.
-    pub orderly: Duration,
+    pub operator: Arc<Config>,
     pub places: Places,
 }
 
@@ -222,7 +222,7 @@ impl Sandbox {
         stdio: Stdio,
     ) -> Result<(), EngineError> {
         check_id("exec", exec)?;
-        spec::check_exec(&process_json, stdio.terminal)?;
+        spec::check_exec(&process_json, stdio.terminal, &self.parts.operator.security)?;
         self.table().add_exec(container, exec, process_json, stdio)
     }
 
@@ -404,7 +404,7 @@ impl Sandbox {
                 }
                 ended.await;
             };
-            if timeout(parts.orderly, orderly).await.is_err() {
+            if timeout(parts.operator.timeouts.shutdown, orderly).await.is_err() {
                 tracing::warn!("the guest did not end in order and is killed");
             }
         }

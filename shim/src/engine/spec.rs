@@ -8,6 +8,7 @@ use std::{
 use serde::Deserialize;
 
 use super::EngineError;
+use crate::config::Security;
 use crate::host::{
     cgroup::CpuList,
     hooks::Hooks,
@@ -87,6 +88,7 @@ struct Process {
     args: Vec<String>,
     #[serde(default)]
     oom_score_adj: Option<i32>,
+    apparmor_profile: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -132,13 +134,18 @@ impl Spec {
     /// # Errors
     /// `InvalidSpec` for what is not config.json or asks for what the host cannot do; `InvalidArgument` when the
     /// engine and config.json disagree on the terminal.
-    pub fn read(json: &[u8], bundle: &Path, terminal: bool) -> Result<Self, EngineError> {
+    pub fn read(
+        json: &[u8],
+        bundle: &Path,
+        terminal: bool,
+        security: &Security,
+    ) -> Result<Self, EngineError> {
         let config: Config = serde_json::from_slice(json)
             .map_err(|error| EngineError::InvalidSpec(format!("config.json is not valid: {error}")))?;
         let process = config
             .process
             .ok_or_else(|| invalid("config.json has no process"))?;
-        check_process(&process, terminal, "config.json")?;
+        check_process(&process, terminal, security, "config.json")?;
         let root = config.root.ok_or_else(|| invalid("config.json has no root"))?;
         if root.path.as_os_str().is_empty() {
             return Err(invalid("config.json has an empty root.path"));
@@ -218,13 +225,25 @@ impl Cpu {
 ///
 /// # Errors
 /// As [`Spec::read`].
-pub fn check_exec(json: &[u8], terminal: bool) -> Result<(), EngineError> {
+pub fn check_exec(json: &[u8], terminal: bool, security: &Security) -> Result<(), EngineError> {
     let process: Process = serde_json::from_slice(json)
         .map_err(|error| EngineError::InvalidSpec(format!("the process is not valid: {error}")))?;
-    check_process(&process, terminal, "the exec")
+    check_process(&process, terminal, security, "the exec")
 }
 
-fn check_process(process: &Process, terminal: bool, whose: &str) -> Result<(), EngineError> {
+fn check_process(
+    process: &Process,
+    terminal: bool,
+    security: &Security,
+    whose: &str,
+) -> Result<(), EngineError> {
+    let apparmor = process.apparmor_profile.as_deref().unwrap_or_default();
+    if !security.ignores_apparmor(apparmor) {
+        return Err(invalid(&format!(
+            "process.apparmorProfile: the guest's kernel has no AppArmor to enforce {apparmor:?}; ask for \
+             \"unconfined\", or let the operator's ignored_apparmor_profiles name it"
+        )));
+    }
     if process.args.is_empty() {
         return Err(invalid(&format!("{whose}: process.args must not be empty")));
     }
@@ -336,7 +355,8 @@ mod tests {
     use proptest::prelude::*;
 
     fn read(json: &str) -> Result<Spec, String> {
-        Spec::read(json.as_bytes(), Path::new("/b"), false).map_err(|error| error.to_string())
+        Spec::read(json.as_bytes(), Path::new("/b"), false, &Security::default())
+            .map_err(|error| error.to_string())
     }
 
     #[test]
@@ -438,8 +458,8 @@ mod tests {
     proptest! {
         #[test]
         fn any_json_is_read_without_panic(bytes in proptest::collection::vec(any::<u8>(), 0..256)) {
-            let _ = Spec::read(&bytes, Path::new("/b"), false);
-            let _ = check_exec(&bytes, true);
+            let _ = Spec::read(&bytes, Path::new("/b"), false, &Security::default());
+            let _ = check_exec(&bytes, true, &Security::default());
         }
     }
 }

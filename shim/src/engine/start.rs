@@ -215,7 +215,7 @@ pub(super) async fn start(
         undo: Mutex::new(undo),
         ended,
         stopping,
-        orderly: config.operator.timeouts.shutdown,
+        operator: config.operator,
         places,
     })))
 }

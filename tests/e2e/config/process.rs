@@ -180,3 +180,20 @@ fn a_user_without_passwd() {
         .sh("id -u; id -g; echo $HOME")
         .prints("777\n778\n/\n");
 }
+
+/// A profile that somebody wrote is refused, as runc refuses one that the host does not have.
+#[test]
+fn an_apparmor_profile() {
+    Case::of(json!({"process": {"apparmorProfile": "somebodys-own"}}))
+        .refused(&["process.apparmorProfile", "somebodys-own"], &["apparmor"]);
+}
+
+/// Those that engines ask for by default guard the host's kernel, which the container never meets. The host here may
+/// have no such profile, so runc is not asked.
+#[test]
+fn the_engines_own_apparmor_profile() {
+    Case::of(json!({"process": {"apparmorProfile": "docker-default"}}))
+        .runc_since(99, 0)
+        .sh("echo fine")
+        .prints("fine\n");
+}
