@@ -4,5 +4,6 @@ mod hooks;
 mod linux;
 mod mounts;
 mod process;
+mod refused;
 mod resources;
 mod seccomp;

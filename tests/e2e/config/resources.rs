@@ -226,3 +226,15 @@ fn a_huge_page_size_that_is_not_there() {
     Case::of(json!({"linux": {"resources": {"hugepageLimits": [{"pageSize": "3MB", "limit": 4_194_304}]}}}))
         .refused(&["linux.resources.hugepageLimits", "3MB"], &["3MB"]);
 }
+
+/// runc writes the weight to whichever of two schedulers the kernel has; husk's guest has `io.weight`.
+#[test]
+fn block_io_weight() {
+    Case::of(json!({"linux": {"resources": {"blockIO": {"weight": 500}}}}))
+        .sh("cd /sys/fs/cgroup; if [ -e io.bfq.weight ]; then cat io.bfq.weight; else cat io.weight; fi")
+        .each(|runtime, done, _| match done.out().as_str() {
+            "default 4950\n" => {}
+            "default 500\n" | "500\n" if runtime == Runtime::Runc => {}
+            other => panic!("{runtime:?}: {other:?} {}", done.err()),
+        });
+}
