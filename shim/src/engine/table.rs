@@ -450,6 +450,7 @@ impl Table {
                 if ended && exec.is_none() {
                     self.send_exit(id, None, exit);
                 }
+                self.end_held(id);
             }
         }
     }
@@ -591,6 +592,11 @@ impl Table {
         if entry.process.stop(exit) {
             self.send_exit(id, Some(exec), exit);
         }
+        self.end_held(id);
+    }
+
+    /// Tells the init process's end that was held back, if none of its execs lives any more.
+    fn end_held(&mut self, id: &str) {
         let Some(container) = self.containers.get(id) else {
             return;
         };

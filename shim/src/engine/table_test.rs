@@ -97,6 +97,24 @@ fn execs_whose_end_is_not_told_are_ended() {
     assert_eq!(ends(&mut events), []);
 }
 
+/// The container was killed while an exec of it was on its way.
+#[test]
+fn an_exec_that_does_not_start_holds_the_end_back_no_longer() {
+    let (mut table, mut events) = running();
+    table.add_exec("c", "late", vec![], Stdio::default()).unwrap();
+    table.begin_exec("c", "late").unwrap();
+    assert_eq!(
+        table.guest_event(exited(None, 137), now()),
+        After::Held("c".into())
+    );
+    assert_eq!(ends(&mut events), []);
+    let killed = EngineError::Guest("the process was killed before its exec".into());
+    table.finish_start("c", Some("late"), Err(&killed));
+    assert_eq!(ends(&mut events), [end("", 137)]);
+    table.release("c", now());
+    assert_eq!(ends(&mut events), []);
+}
+
 #[test]
 fn out_of_memory_is_told_before_the_end_it_caused() {
     let (mut table, mut events) = running();
@@ -257,7 +275,9 @@ fn a_pause_under_way_is_told_and_ends_with_the_container() {
 enum Step {
     Guest(GuestEvent),
     AddExec(String),
-    StartExec(String),
+    BeginExec(String),
+    /// The start of all that are under way is answered, with success or not.
+    FinishExecs(bool),
     StartInit,
     Release,
     DeleteExec(String),
@@ -279,7 +299,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     let step = prop_oneof![
         4 => event.prop_map(Step::Guest),
         2 => exec.clone().prop_map(Step::AddExec),
-        2 => exec.clone().prop_map(Step::StartExec),
+        2 => exec.clone().prop_map(Step::BeginExec),
+        2 => any::<bool>().prop_map(Step::FinishExecs),
         1 => Just(Step::StartInit),
         1 => Just(Step::Release),
         1 => exec.prop_map(Step::DeleteExec),
@@ -296,12 +317,17 @@ proptest! {
         let mut table = Table::new(sender);
         make(&mut table, "c");
         let end = table.watch("c", None).unwrap();
-        for step in steps {
+        let mut starting = Vec::new();
+        for step in steps.into_iter().chain([Step::FinishExecs(false), Step::Release]) {
             match step {
                 Step::Guest(event) => { table.guest_event(event, now()); }
                 Step::AddExec(exec) => { let _ = table.add_exec("c", &exec, vec![], Stdio::default()); }
-                Step::StartExec(exec) => if table.begin_exec("c", &exec).is_ok() {
-                    table.finish_start("c", Some(&exec), Ok(Some(3)));
+                Step::BeginExec(exec) => if table.begin_exec("c", &exec).is_ok() {
+                    starting.push(exec);
+                },
+                Step::FinishExecs(started) => for exec in starting.drain(..) {
+                    let failed = EngineError::Guest("it was killed".into());
+                    table.finish_start("c", Some(&exec), if started { Ok(Some(3)) } else { Err(&failed) });
                 },
                 Step::StartInit => if table.begin_start("c").is_ok() {
                     table.finish_start("c", None, Ok(None));
@@ -310,6 +336,7 @@ proptest! {
                 Step::DeleteExec(exec) => { let _ = table.delete_exec("c", &exec); }
             }
         }
+        prop_assert!(table.containers.get("c").is_some_and(|c| c.held.is_none()), "an end is held back for ever");
         table.machine_ended("gone", now());
         prop_assert!(end.borrow().is_some());
         let ends = ends(&mut events);
