@@ -11,9 +11,10 @@ use husk_agent_protocol::{
     messages::{
         ContainerStatsRequest, ContainerStatsResponse, CreateContainerRequest, CreateContainerResponse,
         DeleteContainerRequest, Empty, Event, ExecProcessRequest, ExecProcessResponse, ListProcessesRequest,
-        ListProcessesResponse, PauseContainerRequest, ResizeTerminalRequest, ResumeContainerRequest,
-        SetupRequest, SetupResponse, SignalProcessRequest, StartContainerRequest, StartContainerResponse,
-        UpdateContainerRequest, UpdateContainerResponse, list_processes_response,
+        ListProcessesResponse, PauseContainerRequest, RemoveMirrorRequest, ResizeTerminalRequest,
+        ResumeContainerRequest, SetupRequest, SetupResponse, SignalProcessRequest, StartContainerRequest,
+        StartContainerResponse, UpdateContainerRequest, UpdateContainerResponse, UpdateMirrorRequest,
+        list_processes_response,
     },
     service::Agent,
 };
@@ -267,6 +268,17 @@ impl Agent for Service {
         check_id(&request.container_id, "container")?;
         let deleted = to_the_end(Arc::clone(&self.sandbox).delete(request.container_id)).await;
         deleted.map(|()| Empty::new()).map_err(|error| status(&error))
+    }
+
+    async fn update_mirror(&self, _: &TtrpcContext, request: UpdateMirrorRequest) -> ttrpc::Result<Empty> {
+        // There is no await in it: see the protocol.
+        let updated = self.sandbox.update_mirror(request.volume, &request.changes);
+        updated.map(|()| Empty::new()).map_err(|error| status(&error))
+    }
+
+    async fn remove_mirror(&self, _: &TtrpcContext, request: RemoveMirrorRequest) -> ttrpc::Result<Empty> {
+        self.sandbox.remove_mirror(request.volume);
+        Ok(Empty::new())
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {

@@ -32,6 +32,21 @@ pub const GUEST_SHARE: &str = "/run/husk/share";
 /// are walked into.
 pub const MAX_SUBMOUNTS: usize = 1024;
 
+/// Largest regular file of a mirror, in bytes.
+pub const MAX_MIRRORED_FILE: usize = 2 << 20;
+
+/// Largest request that changes a mirror, in bytes.
+pub const MAX_MIRROR_UPDATE: usize = 3 << 20;
+
+/// Most bytes in the files and links of a mirror.
+pub const MAX_MIRROR_BYTES: usize = 8 << 20;
+
+/// Most files, links and directories of a mirror, its root included.
+pub const MAX_MIRROR_ENTRIES: usize = 2048;
+
+/// Longest path in a mirror, in bytes.
+pub const MAX_MIRROR_PATH: usize = 2048;
+
 /// Whether `id` may name a container or an exec: 1 to [`MAX_ID_LEN`] bytes of `[A-Za-z0-9_.+-]`, of which the
 /// first is a letter, a digit or `_`. This excludes `/`, `.` and `..` as names of files.
 pub fn is_valid_id(id: &str) -> bool {

@@ -62,16 +62,12 @@ pub enum Propagation {
     Shared,
 }
 
-/// Reads `mounts`. `volumes` gives the number of the volume in `directory` that is the source of a bind mount.
+/// Reads `mounts`. `volumes` gives the source of a bind mount in the guest.
 ///
 /// # Errors
 ///
 /// A mount that husk cannot make.
-pub fn plan(
-    mounts: &[Mount],
-    volumes: &HashMap<u32, u32>,
-    directory: &Path,
-) -> Result<Vec<MountPlan>, Fault> {
+pub fn plan(mounts: &[Mount], volumes: &HashMap<u32, PathBuf>) -> Result<Vec<MountPlan>, Fault> {
     for index in volumes.keys() {
         if usize::try_from(*index).map_or(true, |index| index >= mounts.len()) {
             return Err(Fault::spec(
@@ -82,11 +78,7 @@ pub fn plan(
     }
     let plan = |(index, mount): (usize, &Mount)| {
         let volume = u32::try_from(index).ok().and_then(|index| volumes.get(&index));
-        plan_one(
-            index,
-            mount,
-            volume.map(|number| directory.join(number.to_string())),
-        )
+        plan_one(index, mount, volume.cloned())
     };
     mounts.iter().enumerate().map(plan).collect()
 }
@@ -329,11 +321,9 @@ mod tests {
 
     fn plan_json(json: &str, volumes: &[(u32, u32)]) -> Result<Vec<MountPlan>, Fault> {
         let mounts: Vec<Mount> = serde_json::from_str(json).unwrap();
-        plan(
-            &mounts,
-            &volumes.iter().copied().collect(),
-            Path::new("/share/.volumes"),
-        )
+        let path = |number: u32| Path::new("/share/.volumes").join(number.to_string());
+        let volumes = volumes.iter().map(|(index, number)| (*index, path(*number)));
+        plan(&mounts, &volumes.collect())
     }
 
     #[test]

@@ -17,9 +17,6 @@ use super::{
 };
 use crate::{fault::Fault, process::plan::ProcessPlan};
 
-/// Where the sandbox's volumes are in the share.
-const VOLUMES: &str = ".volumes";
-
 /// A container to be.
 #[derive(Debug)]
 pub struct ContainerPlan {
@@ -54,7 +51,7 @@ impl ContainerPlan {
     pub fn new(
         spec: &Spec,
         (share, id): (&Path, &str),
-        volumes: &HashMap<u32, u32>,
+        volumes: &HashMap<u32, PathBuf>,
         joined: &HashMap<String, String>,
     ) -> Result<Self, Fault> {
         check::check(spec)?;
@@ -114,11 +111,7 @@ impl ContainerPlan {
         for (key, value) in linux.sysctl().iter().flatten() {
             sysctls.push(Sysctl::new(key, value, &namespaces)?);
         }
-        let mounts = mounts::plan(
-            spec.mounts().as_deref().unwrap_or_default(),
-            volumes,
-            &share.join(VOLUMES),
-        )?;
+        let mounts = mounts::plan(spec.mounts().as_deref().unwrap_or_default(), volumes)?;
         Ok(Self {
             process,
             time_offsets: TimeOffsets::new(linux.time_offsets(), namespaces.time.is_new())?,

@@ -44,10 +44,11 @@ impl Sandbox {
             ));
         }
         let spec: Spec = document::read(&request.spec_json, "")?;
+        let volumes = self.sources(&request.volumes, &request.mirrored)?;
         let mut plan = ContainerPlan::new(
             &spec,
             (&self.config.share, &id),
-            &request.volumes,
+            &volumes,
             &request.joined_namespaces,
         )?;
         plan.start_hooks.bundle = request.bundle;

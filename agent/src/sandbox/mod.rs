@@ -11,6 +11,7 @@ mod limits;
 mod pause;
 mod peers;
 mod state;
+mod volumes;
 
 use std::{
     io,

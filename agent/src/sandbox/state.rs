@@ -11,6 +11,7 @@ use super::{
 use crate::{
     bpf::DeviceFilter,
     container::{cgroup::Cgroup, namespaces::Namespaces, resources::Standing, user::Mappings},
+    mirror::Mirrors,
     process::{launch::Channel, plan::Shared},
 };
 
@@ -129,6 +130,8 @@ pub(super) struct State {
     pub(super) owners: HashMap<i32, (String, Option<String>)>,
     /// Volumes through which containers see each other's mounts.
     pub(super) peers: Peers,
+    /// Volumes that are in the guest's own memory.
+    pub(super) mirrors: Mirrors,
 }
 
 impl State {

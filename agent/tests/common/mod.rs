@@ -237,7 +237,8 @@ impl Host {
         for applet in [
             "sh", "cat", "echo", "sleep", "id", "pwd", "stty", "tty", "yes", "hostname", "ls", "mount",
             "touch", "true", "head", "kill", "ps", "stat", "env", "mkdir", "test", "wc", "dd", "umount",
-            "readlink", "sed", "unshare", "linux32", "ionice", "uname", "chmod", "sync", "chroot",
+            "readlink", "sed", "unshare", "linux32", "ionice", "uname", "chmod", "sync", "chroot", "cut",
+            "grep",
         ] {
             let _ = std::os::unix::fs::symlink("busybox", root.join("bin").join(applet));
         }
@@ -293,7 +294,23 @@ impl Host {
         spec: &Value,
         volumes: HashMap<u32, u32>,
     ) -> Result<Streams, Failure> {
-        let created = self.try_create_joined(id, spec, volumes, &[]).await;
+        self.try_create_mirrored(id, spec, volumes, Vec::new()).await
+    }
+
+    /// As [`Self::try_create_with`]; the sources of the mounts at `mirrored` are in mirrors.
+    pub async fn try_create_mirrored(
+        &self,
+        id: &str,
+        spec: &Value,
+        volumes: HashMap<u32, u32>,
+        mirrored: Vec<u32>,
+    ) -> Result<Streams, Failure> {
+        let request = CreateContainerRequest {
+            volumes,
+            mirrored,
+            ..Default::default()
+        };
+        let created = self.try_create_as(id, spec, request).await;
         created.unwrap_or_else(|error| panic!("create: {error}"))
     }
 
@@ -305,18 +322,30 @@ impl Host {
         volumes: HashMap<u32, u32>,
         joined: &[(&str, &str)],
     ) -> Result<Result<Streams, Failure>, ttrpc::Error> {
-        let offer = self.offer(spec["process"]["terminal"] == json!(true), true);
         let request = CreateContainerRequest {
-            container_id: id.into(),
-            spec_json: serde_json::to_vec(spec).unwrap(),
-            stdio: Some(offer.stdio).into(),
             volumes,
             joined_namespaces: joined
                 .iter()
                 .map(|(kind, id)| (kind.to_string(), id.to_string()))
                 .collect(),
-            bundle: format!("/bundle/{id}"),
             ..Default::default()
+        };
+        self.try_create_as(id, spec, request).await
+    }
+
+    async fn try_create_as(
+        &self,
+        id: &str,
+        spec: &Value,
+        request: CreateContainerRequest,
+    ) -> Result<Result<Streams, Failure>, ttrpc::Error> {
+        let offer = self.offer(spec["process"]["terminal"] == json!(true), true);
+        let request = CreateContainerRequest {
+            container_id: id.into(),
+            spec_json: serde_json::to_vec(spec).unwrap(),
+            stdio: Some(offer.stdio).into(),
+            bundle: format!("/bundle/{id}"),
+            ..request
         };
         let response = self.client.create_container(deadline(), &request).await?;
         Ok(match response.failure.into_option() {

@@ -84,6 +84,7 @@ fn each_option_changes_something_of_its_own() {
         ("cgroup.driver", "\"systemd\""),
         ("cgroup.limits", "false"),
         ("security.ignored_apparmor_profiles", "[]"),
+        ("volumes.watched", "[\"/srv/*\"]"),
         ("timeouts.boot_seconds", "1"),
         ("timeouts.call_seconds", "1"),
         ("timeouts.shutdown_seconds", "1"),

@@ -5,6 +5,7 @@
 
 pub mod annotations;
 mod options;
+mod pattern;
 mod read;
 
 use std::{
@@ -18,6 +19,7 @@ use husk_vmm_protocol::config::{MAX_VCPUS, MEMORY_MIB};
 use tracing_subscriber::filter::LevelFilter;
 
 pub use annotations::{Annotation, AnnotationError, Wishes};
+pub use pattern::Pattern;
 pub use read::Fault;
 
 use crate::host::cgroup::Driver;
@@ -41,6 +43,8 @@ pub struct Config {
     pub cgroup: Cgroup,
     /// What of a container's confinement may be without effect.
     pub security: Security,
+    /// Volumes.
+    pub volumes: Volumes,
     /// How long things may take.
     pub timeouts: Timeouts,
     /// What is logged, and where.
@@ -203,6 +207,24 @@ impl Default for Security {
         ];
         Self {
             ignored_apparmor_profiles: profiles.map(str::to_owned).to_vec(),
+        }
+    }
+}
+
+/// `[volumes]`: what of the host's file systems containers see.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Volumes {
+    /// Directories whose changes the containers are told of, if they have them read-only.
+    pub watched: Vec<Pattern>,
+}
+
+impl Default for Volumes {
+    fn default() -> Self {
+        // Where Kubernetes has what it may exchange while a pod runs.
+        let kinds = ["configmap", "secret", "projected", "downward-api"];
+        let pattern = |kind| Pattern::of(&format!("*/volumes/kubernetes.io~{kind}/*"));
+        Self {
+            watched: kinds.into_iter().filter_map(pattern).collect(),
         }
     }
 }

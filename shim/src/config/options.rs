@@ -6,7 +6,7 @@ use husk_vmm_protocol::config::{MAX_KERNEL_PARAMS_LEN, MAX_VCPUS, MEMORY_MIB};
 use toml::de::DeValue;
 use tracing_subscriber::filter::LevelFilter;
 
-use super::{Annotation, Config, GuestLogLevel};
+use super::{Annotation, Config, GuestLogLevel, Pattern};
 use crate::host::cgroup::Driver;
 
 /// An option.
@@ -38,7 +38,7 @@ const SECONDS: RangeInclusive<u64> = 1..=3600;
 const KIB: RangeInclusive<u64> = 4..=64 << 10;
 
 /// All of them, as `configs/husk.toml` lists them.
-pub const KEYS: [Key; 23] = [
+pub const KEYS: [Key; 24] = [
     key!(machine.vcpus, |c, v| c.machine.vcpus = Some(integer(v, VCPUS)?)),
     key!(machine.memory_mib, |c, v| c.machine.memory_mib = integer(v, MIB)?),
     key!(machine.memory_overhead_mib, |c, v| c
@@ -65,6 +65,7 @@ pub const KEYS: [Key; 23] = [
         .security
         .ignored_apparmor_profiles =
         strings(v)?),
+    key!(volumes.watched, |c, v| c.volumes.watched = patterns(v)?),
     key!(timeouts.boot_seconds, |c, v| c.timeouts.boot = seconds(v)?),
     key!(timeouts.call_seconds, |c, v| c.timeouts.call = seconds(v)?),
     key!(timeouts.shutdown_seconds, |c, v| c.timeouts.shutdown =
@@ -171,6 +172,16 @@ fn annotations(value: &DeValue<'_>) -> Result<Vec<Annotation>, String> {
                     Annotation::names()
                 )
             })
+        })
+        .collect()
+}
+
+fn patterns(value: &DeValue<'_>) -> Result<Vec<Pattern>, String> {
+    strings(value)?
+        .iter()
+        .map(|text| {
+            Pattern::of(text)
+                .ok_or_else(|| format!("{text:?} is not an absolute path: it must begin with / or *"))
         })
         .collect()
 }

@@ -85,7 +85,8 @@ impl Sandbox {
             self.begin_hooks(&id, pid, &bundle, &needs)?;
             self.run_hooks(&id, Phase::Prestart).await?;
             self.run_hooks(&id, Phase::CreateRuntime).await?;
-            let shown = self.show(&id, &root, &needs, &mut undo)?;
+            let mut shown = self.show(&id, &root, &needs, &mut undo)?;
+            self.mirror(&needs, &mut shown).await?;
             self.run_hooks(&id, Phase::CreateContainer).await?;
 
             // In the guest: the container and its init process.
@@ -184,6 +185,17 @@ impl Sandbox {
         }
         shown.submounts.truncate(MAX_SUBMOUNTS);
         Ok(shown)
+    }
+
+    /// Has the guest mirror those of the volumes that are to be.
+    async fn mirror(&self, needs: &Spec, shown: &mut Shown) -> Result<(), EngineError> {
+        self.step("mirror")?;
+        for (volume, (index, number)) in needs.volumes.iter().zip(&shown.volumes) {
+            if self.parts.volumes.mirror(volume, *number).await {
+                shown.mirrored.push(*index);
+            }
+        }
+        Ok(())
     }
 
     /// Mounts the root file system that the engine described on the bundle's `rootfs`.

@@ -6,6 +6,7 @@ mod container;
 mod control;
 mod error;
 mod hooks;
+mod mirrors;
 mod places;
 mod process;
 mod programs;
@@ -20,6 +21,8 @@ mod table;
 mod undo;
 mod volumes;
 
+#[cfg(test)]
+mod mirrors_test;
 #[cfg(test)]
 mod player_test;
 #[cfg(test)]

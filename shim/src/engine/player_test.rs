@@ -387,7 +387,11 @@ impl service::Agent for FakeAgent {
         _: &TtrpcContext,
         request: wire::CreateContainerRequest,
     ) -> ttrpc::Result<wire::CreateContainerResponse> {
-        self.called("CreateContainer", &request.container_id);
+        let mirrored: Vec<String> = request.mirrored.iter().map(u32::to_string).collect();
+        self.called(
+            "CreateContainer",
+            &[vec![request.container_id.clone()], mirrored].concat().join(" "),
+        );
         let command = command(&request.spec_json, "/process/args/0");
         let failure = failure(&command);
         if failure.is_none() {
@@ -542,6 +546,31 @@ impl service::Agent for FakeAgent {
         if self.player.character == Character::Clinging {
             return Err(status(ttrpc::Code::FAILED_PRECONDITION, "it is mine"));
         }
+        Ok(wire::Empty::default())
+    }
+
+    async fn update_mirror(
+        &self,
+        _: &TtrpcContext,
+        request: wire::UpdateMirrorRequest,
+    ) -> ttrpc::Result<wire::Empty> {
+        let changes = request.changes.iter().map(|change| {
+            let kind = change.kind.enum_value().unwrap();
+            format!(" {kind:?} {}", String::from_utf8_lossy(&change.path))
+                .trim_end()
+                .to_owned()
+        });
+        let changes: String = changes.collect();
+        self.called("UpdateMirror", &format!("{}{changes}", request.volume));
+        Ok(wire::Empty::default())
+    }
+
+    async fn remove_mirror(
+        &self,
+        _: &TtrpcContext,
+        request: wire::RemoveMirrorRequest,
+    ) -> ttrpc::Result<wire::Empty> {
+        self.called("RemoveMirror", &request.volume.to_string());
         Ok(wire::Empty::default())
     }
 

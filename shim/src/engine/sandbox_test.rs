@@ -501,7 +501,7 @@ async fn a_missing_piece_is_named() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_creation_that_fails_at_any_step_leaves_nothing() {
-    for fault in ["mount", "rootfs", "volume", "streams", "create"] {
+    for fault in ["mount", "rootfs", "volume", "mirror", "streams", "create"] {
         let mut stage = Stage::new(Character::Good);
         stage.places.fault = Some(fault);
         let (sandbox, _events) = stage.start().await;

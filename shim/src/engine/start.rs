@@ -19,6 +19,7 @@ use super::{
     cleanup::remove_leftovers,
     hooks::Lives,
     lock,
+    mirrors::Mirrors,
     places::Places,
     record::{self, Record},
     sandbox::{EXEC_GRACE, Ended, Parts},
@@ -175,6 +176,8 @@ pub(super) async fn start(
         }
     };
 
+    let agent = Arc::new(agent);
+    let mirrors = Mirrors::new(config.operator.volumes.watched.clone(), Arc::clone(&agent));
     let table = Arc::new(Mutex::new(Table::new(events)));
     let described = Status {
         vcpus: config.vcpus,
@@ -205,13 +208,13 @@ pub(super) async fn start(
     Ok(Arc::new(Sandbox::assemble(Parts {
         dir: path,
         machine,
-        agent: Arc::new(agent),
+        agent,
         table,
         record: Arc::new(Mutex::new(record)),
         standins: Arc::new(StandIns::new(config.programs.standin)),
         cgroups,
         lives: Lives::default(),
-        volumes: Arc::new(Volumes::new(&share)),
+        volumes: Arc::new(Volumes::new(&share, mirrors)),
         undo: Mutex::new(undo),
         ended,
         stopping,

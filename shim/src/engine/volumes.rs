@@ -10,7 +10,7 @@ use std::{
     sync::Mutex,
 };
 
-use super::lock;
+use super::{lock, mirrors::Mirrors};
 use crate::host::{
     mount::{open_path, unmount_below},
     volume::{FileId, Volume, VolumeError},
@@ -24,6 +24,7 @@ pub(super) const DIRECTORY: &str = ".volumes";
 pub(super) struct Volumes {
     directory: PathBuf,
     shown: Mutex<Shown>,
+    mirrors: Mirrors,
 }
 
 #[derive(Debug, Default)]
@@ -57,10 +58,11 @@ impl Entry {
 
 impl Volumes {
     /// None yet, in the share at `share`.
-    pub(super) fn new(share: &Path) -> Self {
+    pub(super) fn new(share: &Path, mirrors: Mirrors) -> Self {
         Self {
             directory: share.join(DIRECTORY),
             shown: Mutex::default(),
+            mirrors,
         }
     }
 
@@ -108,6 +110,12 @@ impl Volumes {
         self.directory.join(number.to_string())
     }
 
+    /// Has the guest mirror `volume`, which has been taken, if it is one to be mirrored and can be. `true`: it does, once
+    /// it has read what has been sent to it before this returns.
+    pub(super) async fn mirror(&self, volume: &Volume, number: u32) -> bool {
+        self.mirrors.begin(volume, number, self.path(number)).await
+    }
+
     /// Gives a volume back; the last user takes it away.
     ///
     /// # Errors
@@ -124,6 +132,7 @@ impl Volumes {
             }
         }
         shown.volumes.swap_remove(index);
+        self.mirrors.end(number);
         let target = self.path(number);
         unmount_below(&target)?;
         // The directory stays: the guest would look for the next volume in one that it remembers and that is gone.
@@ -156,7 +165,7 @@ mod tests {
         let source = dir.path().join("source");
         fs::create_dir(&source).unwrap();
         fs::write(source.join("precious"), "data").unwrap();
-        let volumes = Volumes::new(dir.path());
+        let volumes = Volumes::new(dir.path(), Mirrors::default());
         let volume = |read_only| Volume {
             index: 0,
             source: source.clone(),

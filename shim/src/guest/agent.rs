@@ -10,7 +10,10 @@ use std::{
 };
 
 use husk_agent_protocol::{
-    limits::{AGENT_PORT, MAX_MESSAGE_LEN, MAX_PROCESSES, MAX_SPEC_LEN, MAX_STATS_LEN, is_valid_id},
+    limits::{
+        AGENT_PORT, MAX_MESSAGE_LEN, MAX_MIRROR_UPDATE, MAX_PROCESSES, MAX_SPEC_LEN, MAX_STATS_LEN,
+        is_valid_id,
+    },
     messages::{self as wire, event::Kind as EventKind, failure::Kind as FailureKind},
     service::AgentClient,
 };
@@ -165,6 +168,8 @@ pub async fn connect(machine: &Machine, hostname: &str, timeouts: Timeouts) -> i
 pub struct Shown {
     /// Place in the spec's mounts, and number, of each volume.
     pub volumes: Vec<(u32, u32)>,
+    /// Places of those that are mounted from their mirrors.
+    pub mirrored: Vec<u32>,
     /// Paths in the share on which something is mounted, at most `MAX_SUBMOUNTS`.
     pub submounts: Vec<Vec<u8>>,
 }
@@ -201,6 +206,7 @@ impl Agent {
             spec_json: spec,
             stdio: Some(stdio(ports)).into(),
             volumes: shown.volumes.into_iter().collect(),
+            mirrored: shown.mirrored,
             submounts: shown.submounts,
             joined_namespaces: joined
                 .into_iter()
@@ -443,6 +449,30 @@ impl Agent {
         }
     }
 
+    /// Makes changes in the mirror of a volume, by one of the requests of [`mirror_updates`].
+    ///
+    /// # Errors
+    /// When the agent fails, also at a part of it.
+    pub async fn update_mirror(&self, request: &wire::UpdateMirrorRequest) -> Result<(), EngineError> {
+        self.call("UpdateMirror", self.client.update_mirror(context(), request))
+            .await
+            .map(drop)
+    }
+
+    /// Forgets the mirror of a volume. One that is not there is fine.
+    ///
+    /// # Errors
+    /// When the agent fails.
+    pub async fn remove_mirror(&self, volume: u32) -> Result<(), EngineError> {
+        let request = wire::RemoveMirrorRequest {
+            volume,
+            ..Default::default()
+        };
+        self.call("RemoveMirror", self.client.remove_mirror(context(), &request))
+            .await
+            .map(drop)
+    }
+
     /// Asks the guest to end in order. Whether it does is seen by the machine's end.
     pub async fn shutdown(&self) {
         if let Err(error) = self.client.shutdown(context(), &wire::Empty::default()).await {
@@ -487,6 +517,29 @@ impl Agent {
             }),
         }
     }
+}
+
+/// Requests that make `changes` in the mirror of `volume`, each of a length that can be sent; at least one.
+pub fn mirror_updates(volume: u32, changes: Vec<wire::MirrorChange>) -> Vec<wire::UpdateMirrorRequest> {
+    let request = || wire::UpdateMirrorRequest {
+        volume,
+        ..Default::default()
+    };
+    let mut requests = Vec::new();
+    let (mut next, mut length) = (request(), 0);
+    for change in changes {
+        let content = change.file.as_ref().map_or(0, |file| file.content.len());
+        // With what the other fields take.
+        let size = change.path.len() + change.to.len() + content + 128;
+        if length + size > MAX_MIRROR_UPDATE && !next.changes.is_empty() {
+            requests.push(std::mem::replace(&mut next, request()));
+            length = 0;
+        }
+        length += size;
+        next.changes.push(change);
+    }
+    requests.push(next);
+    requests
 }
 
 impl Events {

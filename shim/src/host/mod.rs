@@ -5,6 +5,7 @@ pub mod child;
 pub mod hooks;
 pub mod idmap;
 pub mod memory;
+pub mod mirror;
 pub mod mount;
 pub mod namespaces;
 pub mod pid;
