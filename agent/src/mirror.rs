@@ -24,7 +24,7 @@ use nix::{
         stat::{FileStat, Mode, SFlag, UtimensatFlags, fchmod, fstat, fstatat, futimens, mkdirat, utimensat},
         time::TimeSpec,
     },
-    unistd::{Gid, Uid, UnlinkatFlags, fchown, fchownat, symlinkat, unlinkat},
+    unistd::{Gid, Uid, UnlinkatFlags, fchown, fchownat, linkat, symlinkat, unlinkat},
 };
 
 use crate::{fault::Fault, log, sys};
@@ -34,6 +34,9 @@ const PAGE: usize = 4096;
 
 /// A directory of a mirror's file system that containers do not see: for what is on its way in or out.
 const STAGE: &CStr = c"stage";
+
+/// What is on its way in, there.
+const NEW: &CStr = c"new";
 
 /// The mirrors, by the numbers of their volumes.
 #[derive(Debug, Default)]
@@ -150,10 +153,10 @@ impl Mirror {
         let (directory, name) = self.find(&change.path)?;
         let (directory, name) = (directory.as_fd(), name.as_c_str());
         match kind {
-            Kind::CREATE => match make(directory, name, file()?) {
+            Kind::CREATE => match self.create(directory, name, file()?) {
                 Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {
                     self.take_out(directory, name)?;
-                    make(directory, name, file()?)
+                    self.create(directory, name, file()?)
                 }
                 made => made,
             },
@@ -201,9 +204,20 @@ impl Mirror {
         Ok((parent, CString::new(name)?))
     }
 
+    /// Makes a file that is not there. But for a directory, it is made out of sight and linked: it is seen complete.
+    fn create(&self, directory: BorrowedFd<'_>, name: &CStr, file: &MirrorFile) -> io::Result<()> {
+        if kind(file.mode) == SFlag::S_IFDIR {
+            return make(directory, name, file);
+        }
+        self.clear(NEW)?;
+        make(self.stage.as_fd(), NEW, file)?;
+        let linked = linkat(&self.stage, NEW, directory, name, AtFlags::empty());
+        self.clear(NEW)?;
+        Ok(linked?)
+    }
+
     /// Makes a file out of sight, and moves it in.
     fn place(&self, directory: BorrowedFd<'_>, name: &CStr, file: &MirrorFile) -> io::Result<()> {
-        const NEW: &CStr = c"new";
         self.clear(NEW)?;
         make(self.stage.as_fd(), NEW, file)?;
         self.rename((self.stage.as_fd(), NEW), (directory, name))
@@ -288,8 +302,8 @@ fn make(directory: BorrowedFd<'_>, name: &CStr, file: &MirrorFile) -> io::Result
         SFlag::S_IFDIR => {
             mkdirat(directory, name, mode)?;
             let made = open_directory(directory, name)?;
-            set_access(made.as_fd(), file)?;
-            set_time(made.as_fd(), file, false)
+            // Its time is told when all is in it.
+            set_access(made.as_fd(), file)
         }
         SFlag::S_IFREG => {
             let flags =

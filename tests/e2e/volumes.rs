@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{Read, Write};
+use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixListener;
 use std::time::Duration;
 
@@ -18,12 +19,23 @@ fn each(
     prepare: impl Fn(&std::path::Path),
     test: impl Fn(Runtime, &mut Running, &std::path::Path),
 ) {
+    each_at("volume", name, script, prepare, test);
+}
+
+/// As [`each`], with the volume at a path of the bundle.
+fn each_at(
+    place: &str,
+    name: &str,
+    script: &str,
+    prepare: impl Fn(&std::path::Path),
+    test: impl Fn(Runtime, &mut Running, &std::path::Path),
+) {
     for runtime in Runtime::all() {
         eprintln!("under {runtime:?}");
         let id = format!("{name}-{runtime:?}").to_lowercase();
         let mut bundle = Bundle::new(&id);
-        let volume = bundle.path().join("volume");
-        fs::create_dir(&volume).unwrap();
+        let volume = bundle.path().join(place);
+        fs::create_dir_all(&volume).unwrap();
         prepare(&volume);
         for (destination, options) in [
             ("/data", json!(["rbind", "rw"])),
@@ -123,7 +135,79 @@ fn inotify_of_changes_made_inside() {
             running.wait_for("end");
             assert_eq!(
                 running.seen(),
-                "watching\ncreate made\nmoved_from made\nmoved_to moved\ndelete moved\nend\n",
+                "watching\ncreate made\nclose_write made\nmoved_from made\nmoved_to moved\ndelete moved\nend\n",
+                "{runtime:?}"
+            );
+        },
+    );
+}
+
+/// Where a kubelet has a ConfigMap: husk tells the container of changes there.
+const CONFIGURATION: &str = "pods/1/volumes/kubernetes.io~configmap/conf";
+
+/// As a kubelet lays it out.
+fn configuration(volume: &std::path::Path) {
+    fs::create_dir(volume.join("..2026_x")).unwrap();
+    fs::write(volume.join("..2026_x/key"), "one\n").unwrap();
+    symlink("..2026_x", volume.join("..data")).unwrap();
+    symlink("..data/key", volume.join("key")).unwrap();
+    fs::write(volume.join("..2026_x/old"), "").unwrap();
+}
+
+#[test]
+fn inotify_of_a_configuration_that_is_exchanged() {
+    let script = "cat /config/key; probe watch /config; cat /config/key; ls -A /config; stat -c '%a %u %g' /config/..data/key; echo end";
+    each_at(
+        CONFIGURATION,
+        "exchange-told",
+        script,
+        configuration,
+        |runtime, running, volume| {
+            running.wait_for("watching");
+            let new = volume.join("..2026_y");
+            fs::create_dir(&new).unwrap();
+            fs::write(new.join("key"), "two\n").unwrap();
+            fs::set_permissions(
+                new.join("key"),
+                std::os::unix::fs::PermissionsExt::from_mode(0o440),
+            )
+            .unwrap();
+            std::os::unix::fs::chown(new.join("key"), Some(0), Some(33)).unwrap();
+            symlink("..2026_y", volume.join("..data_tmp")).unwrap();
+            fs::rename(volume.join("..data_tmp"), volume.join("..data")).unwrap();
+            fs::remove_dir_all(volume.join("..2026_x")).unwrap();
+            running.wait_for("end");
+            assert_eq!(
+                running.seen(),
+                "one\nwatching\ncreate ..2026_y\ncreate ..data_tmp\nmoved_from ..data_tmp\nmoved_to ..data\n\
+             delete ..2026_x\ntwo\n..2026_y\n..data\nkey\n440 0 33\nend\n",
+                "{runtime:?}"
+            );
+        },
+    );
+}
+
+#[test]
+fn inotify_of_a_file_that_the_host_changes() {
+    let script = "exec 3< /config/key; probe watch /config/..data/; cat /config/key; cat <&3; cat /config/..data/new; \
+                  grep ' /config ' /proc/self/mountinfo | cut -d' ' -f6 | cut -d, -f1; touch /config/no 2>/dev/null || echo read-only; echo end";
+    each_at(
+        CONFIGURATION,
+        "change-told",
+        script,
+        configuration,
+        |runtime, running, volume| {
+            let there = volume.join("..2026_x");
+            running.wait_for("watching");
+            let mut file = fs::File::options().write(true).open(there.join("key")).unwrap();
+            file.write_all(b"two\n").unwrap();
+            drop(file);
+            fs::write(there.join("new"), "new\n").unwrap();
+            fs::remove_file(there.join("old")).unwrap();
+            running.wait_for("end");
+            assert_eq!(
+                running.seen(),
+                "watching\nclose_write key\ncreate new\nclose_write new\ndelete old\ntwo\ntwo\nnew\nro\nread-only\nend\n",
                 "{runtime:?}"
             );
         },

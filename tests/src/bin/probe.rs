@@ -112,6 +112,7 @@ fn watch(directory: &str) {
     use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
     let kinds = [
         (AddWatchFlags::IN_CREATE, "create"),
+        (AddWatchFlags::IN_CLOSE_WRITE, "close_write"),
         (AddWatchFlags::IN_MOVED_FROM, "moved_from"),
         (AddWatchFlags::IN_MOVED_TO, "moved_to"),
         (AddWatchFlags::IN_DELETE, "delete"),

@@ -172,6 +172,8 @@ struct Node {
     sum: [u8; 32],
     length: usize,
     watch: Option<WatchDescriptor>,
+    /// A file of which it has not been told that it was written and closed.
+    is_new: bool,
 }
 
 /// How something came to its place.
@@ -181,6 +183,24 @@ enum How {
     Root,
     Created,
     Moved,
+}
+
+/// An event, and those after it.
+type Since<'a> = (&'a InotifyEvent, &'a [&'a InotifyEvent]);
+
+/// What tells of a change in something that is there.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Sign {
+    /// Only what stat(2) tells.
+    None,
+    /// Nothing is known, all may have changed.
+    Unknown,
+    /// `IN_ATTRIB`.
+    Attributes,
+    /// `IN_MODIFY`: also where the time is too coarse to tell.
+    Written,
+    /// `IN_CLOSE_WRITE`.
+    Closed,
 }
 
 impl Tree {
@@ -299,10 +319,12 @@ impl<'a> Batch<'a> {
             let rest = events.get(index + 1..).unwrap_or_default();
             let Some(path) = self.path(event) else { continue };
             let is = |flag| event.mask.contains(flag);
-            if is(AddWatchFlags::IN_MODIFY) || is(AddWatchFlags::IN_CLOSE_WRITE) {
-                self.refresh(&path, true, false)?;
+            if is(AddWatchFlags::IN_MODIFY) {
+                self.refresh(&path, Sign::Written, Some((event, rest)))?;
+            } else if is(AddWatchFlags::IN_CLOSE_WRITE) {
+                self.refresh(&path, Sign::Closed, Some((event, rest)))?;
             } else if is(AddWatchFlags::IN_ATTRIB) {
-                self.refresh(&path, false, true)?;
+                self.refresh(&path, Sign::Attributes, None)?;
             } else if is(AddWatchFlags::IN_CREATE) {
                 structure = true;
                 self.arrive(path, How::Created, event, rest)?;
@@ -351,19 +373,24 @@ impl<'a> Batch<'a> {
         event: &InotifyEvent,
         rest: &[&InotifyEvent],
     ) -> Result<(), Refusal> {
-        let found = match self.look(&path)? {
-            Some(found) => Some(found),
-            None => match self.destination(event, rest) {
-                Some(path) => self.look(&path)?,
-                None => None,
-            },
-        };
+        let found = self.find(&path, Some((event, rest)))?;
         // What comes and goes that fast is not told of.
         let Some(found) = found else { return Ok(()) };
         match self.state.nodes.get(&path) {
             Some(node) if node.stat.id == found.stat.id => Ok(()),
             Some(_) => self.add(path, found, How::Moved),
             None => self.add(path, found, how),
+        }
+    }
+
+    /// What is at `path`, or was there before it was moved.
+    fn find(&self, path: &[u8], since: Option<Since<'_>>) -> Result<Option<Found>, Refusal> {
+        let found = self.look(path)?;
+        match since {
+            Some((event, rest)) if found.is_none() => self
+                .destination(event, rest)
+                .map_or(Ok(None), |path| self.look(&path)),
+            _ => Ok(found),
         }
     }
 
@@ -429,6 +456,7 @@ impl<'a> Batch<'a> {
             sum: [0; 32],
             length: 0,
             watch: None,
+            is_new: stat.kind() == SFlag::S_IFREG && how != How::Moved,
         };
         let mut content = Vec::new();
         let mut names = Vec::new();
@@ -483,16 +511,18 @@ impl<'a> Batch<'a> {
         Ok(())
     }
 
-    /// Looks again at what the mirror has at `path`. It may have been written, even if nothing else tells; the time of a
-    /// directory is only taken over `with_time`.
-    fn refresh(&mut self, path: &[u8], written: bool, with_time: bool) -> Result<(), Refusal> {
-        if self.fresh.contains(path) {
-            return Ok(());
-        }
+    /// Looks again at what the mirror has at `path`, after a `sign` that it may have changed. It may be elsewhere by now, as
+    /// the events `since` then tell.
+    fn refresh(&mut self, path: &[u8], sign: Sign, since: Option<Since<'_>>) -> Result<(), Refusal> {
         let Some(old) = self.state.nodes.get(path).cloned() else {
             return Ok(());
         };
-        let Some(found) = self.look(path)? else {
+        // Who waits for a new file waits for its end.
+        let completed = sign == Sign::Closed && old.is_new;
+        if self.fresh.contains(path) && !completed {
+            return Ok(());
+        }
+        let Some(found) = self.find(path, since)? else {
             return Ok(());
         };
         let stat = found.stat;
@@ -501,14 +531,16 @@ impl<'a> Batch<'a> {
         }
         let mut new = Node { stat, ..old };
         if stat.kind() == SFlag::S_IFREG {
-            if !written && stat.unchanged(&old.stat) {
+            let written = matches!(sign, Sign::Written | Sign::Closed);
+            if !written && sign != Sign::Unknown && stat.unchanged(&old.stat) {
                 return Ok(());
             }
             let content = found.content(path)?;
             new.length = content.len();
             new.sum = sum(&content);
             self.fresh.insert(path.to_vec());
-            if new.sum != old.sum || (written && stat.mtime != old.stat.mtime) {
+            if completed || new.sum != old.sum || (written && stat.mtime != old.stat.mtime) {
+                new.is_new = false;
                 self.tell(content.len())?;
                 self.state.bytes = self
                     .state
@@ -527,7 +559,8 @@ impl<'a> Batch<'a> {
         {
             return self.add(path.to_vec(), found, How::Moved);
         }
-        let timed = !stat.is_directory() || with_time;
+        // That of a directory goes its own way with what is made in it.
+        let timed = !stat.is_directory() || sign == Sign::Attributes;
         if !stat.same_access(&old.stat) || (timed && stat.mtime != old.stat.mtime) {
             self.change(Kind::ATTRIBUTES, path, Some(file(&stat, Vec::new())), b"");
         }
@@ -620,7 +653,7 @@ impl<'a> Batch<'a> {
             if mistrusted {
                 self.repeat(&path, &found)?;
             } else {
-                self.refresh(&path, all, false)?;
+                self.refresh(&path, if all { Sign::Unknown } else { Sign::None }, None)?;
             }
         }
         let gone: Vec<Vec<u8>> = self

@@ -1,6 +1,7 @@
 use std::{
     collections::BTreeMap,
     fs,
+    io::Write,
     os::unix::{
         ffi::OsStrExt,
         fs::{MetadataExt, PermissionsExt, symlink},
@@ -196,7 +197,7 @@ fn a_file_is_changed_where_it_is() {
     // As most editors do, within the directory and from outside.
     fs::write(stage.path("new"), "three").unwrap();
     fs::rename(stage.path("new"), stage.path("file")).unwrap();
-    assert_eq!(stage.told(), ["CREATE new", "RENAME new file"]);
+    assert_eq!(stage.told(), ["CREATE new", "WRITE new", "RENAME new file"]);
     let outside = tempfile::NamedTempFile::new_in(stage.dir.path().parent().unwrap()).unwrap();
     fs::write(&outside, "four").unwrap();
     fs::rename(outside.path(), stage.path("file")).unwrap();
@@ -204,6 +205,22 @@ fn a_file_is_changed_where_it_is() {
     stage.assert_equal();
     fs::rename(stage.path("file"), outside.path()).unwrap();
     assert_eq!(stage.told(), ["TAKE_OUT file"]);
+    stage.assert_equal();
+}
+
+#[test]
+fn a_new_file_is_told_to_be_complete_once() {
+    let mut stage = Stage::new(|_| ());
+    let mut file = fs::File::create(stage.path("file")).unwrap();
+    assert_eq!(stage.told(), ["CREATE file"]);
+    file.write_all(b"one").unwrap();
+    assert_eq!(stage.told(), ["WRITE file"]);
+    drop(file);
+    assert_eq!(stage.told(), [""; 0]);
+    drop(fs::File::create(stage.path("empty")).unwrap());
+    assert_eq!(stage.told(), ["CREATE empty", "WRITE empty"]);
+    fs::write(stage.path("full"), "x").unwrap();
+    assert_eq!(stage.told(), ["CREATE full", "WRITE full"]);
     stage.assert_equal();
 }
 
@@ -302,7 +319,7 @@ fn what_grows_too_large_keeps_its_last_state_until_it_shrinks() {
     );
     stage.assert_equal();
     fs::write(stage.path("new/file"), "x").unwrap();
-    assert_eq!(stage.told(), ["CREATE new/file"]);
+    assert_eq!(stage.told(), ["CREATE new/file", "WRITE new/file"]);
     stage.assert_equal();
 }
 
