@@ -585,7 +585,11 @@ impl<'a> Batch<'a> {
         for path in self.below(path) {
             if let Some(node) = self.state.nodes.remove(&path) {
                 self.state.bytes = self.state.bytes.saturating_sub(node.length);
-                if let Some(watch) = node.watch {
+                // It may be watched at another path by now, if it was moved and its new name was met first.
+                let watch = node
+                    .watch
+                    .filter(|watch| self.state.directories.get(watch) == Some(&path));
+                if let Some(watch) = watch {
                     self.state.directories.remove(&watch);
                     self.watches.remove(self.number, watch);
                 }

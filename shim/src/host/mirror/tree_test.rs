@@ -324,6 +324,23 @@ fn what_grows_too_large_keeps_its_last_state_until_it_shrinks() {
 }
 
 #[test]
+fn what_was_renamed_unseen_is_still_watched() {
+    let mut stage = Stage::new(|path| {
+        fs::create_dir_all(path.join("z/b")).unwrap();
+        fs::write(path.join("z/b/file"), "x").unwrap();
+    });
+    fs::write(stage.path("large"), vec![0; MAX_MIRRORED_FILE + 1]).unwrap();
+    stage.read().unwrap_err();
+    fs::rename(stage.path("z"), stage.path("a")).unwrap();
+    fs::remove_file(stage.path("large")).unwrap();
+    stage.told();
+    stage.assert_equal();
+    fs::write(stage.path("a/b/file"), "y").unwrap();
+    assert_eq!(stage.told(), ["WRITE a/b/file"]);
+    stage.assert_equal();
+}
+
+#[test]
 fn a_flood_of_changes_ends_in_the_right_state() {
     let mut stage = Stage::new(kubelet);
     for round in 0..3000 {
@@ -389,6 +406,7 @@ enum Step {
     Remove(String),
     Mode(String, u32),
     Read,
+    Fail,
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -404,6 +422,7 @@ fn step() -> impl Strategy<Value = Step> {
         2 => name().prop_map(Step::Remove),
         1 => (name(), prop::sample::select(vec![0o600, 0o644, 0o755])).prop_map(|(name, mode)| Step::Mode(name, mode)),
         2 => Just(Step::Read),
+        1 => Just(Step::Fail),
     ]
 }
 
@@ -423,6 +442,7 @@ proptest! {
                     let _ = fs::remove_file(&path).or_else(|_| fs::remove_dir_all(&path));
                 }
                 Step::Mode(name, mode) => drop(fs::set_permissions(stage.path(&name), PermissionsExt::from_mode(mode))),
+                Step::Fail => stage.trees.mistrust(1),
                 Step::Read => drop(stage.read().unwrap()),
             }
         }
