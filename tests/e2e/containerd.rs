@@ -19,22 +19,22 @@ pub fn ctr_run(id: &str, image: &str, command: &[&str]) -> Finished {
 
 /// A detached container that is removed at the end of the test, whatever becomes of it.
 pub struct Detached {
-    pub id: &'static str,
+    pub id: String,
 }
 
 impl Detached {
     #[track_caller]
-    pub fn start(id: &'static str, command: &[&str]) -> Self {
+    pub fn start(id: &str, command: &[&str]) -> Self {
         let mut argv = vec!["ctr", "run", "-d", "--runtime", RUNTIME, BUSYBOX, id];
         argv.extend(command);
-        let this = Self { id };
+        let this = Self { id: id.to_owned() };
         run(&argv).expect_code(0);
         this
     }
 
     #[track_caller]
     pub fn exec(&self, exec: &str, command: &[&str]) -> Finished {
-        let mut argv = vec!["ctr", "task", "exec", "--exec-id", exec, self.id];
+        let mut argv = vec!["ctr", "task", "exec", "--exec-id", exec, &self.id];
         argv.extend(command);
         run(&argv)
     }
@@ -44,22 +44,22 @@ impl Detached {
         let list = ok(&["ctr", "task", "ls"]);
         let line = list
             .lines()
-            .find(|line| line.split_whitespace().next() == Some(self.id))?;
+            .find(|line| line.split_whitespace().next() == Some(&self.id))?;
         line.split_whitespace().nth(2).map(str::to_owned)
     }
 
     #[track_caller]
     pub fn remove(self) {
-        run(&["ctr", "task", "rm", "-f", self.id]).expect_code(0);
-        run(&["ctr", "container", "rm", self.id]).expect_code(0);
+        run(&["ctr", "task", "rm", "-f", &self.id]).expect_code(0);
+        run(&["ctr", "container", "rm", &self.id]).expect_code(0);
         std::mem::forget(self);
     }
 }
 
 impl Drop for Detached {
     fn drop(&mut self) {
-        run(&["ctr", "task", "rm", "-f", self.id]);
-        run(&["ctr", "container", "rm", self.id]);
+        run(&["ctr", "task", "rm", "-f", &self.id]);
+        run(&["ctr", "container", "rm", &self.id]);
     }
 }
 

@@ -25,12 +25,12 @@ fn metric(id: &str, name: &str) -> u64 {
 
 /// A detached container of `ctr run` with more flags; removed at the end of the test.
 #[track_caller]
-fn detached(id: &'static str, flags: &[&str], command: &[&str]) -> Detached {
+fn detached(id: &str, flags: &[&str], command: &[&str]) -> Detached {
     let mut argv = vec!["ctr", "run", "-d", "--runtime", RUNTIME];
     argv.extend(flags);
     argv.extend([BUSYBOX, id]);
     argv.extend(command);
-    let this = Detached { id };
+    let this = Detached { id: id.to_owned() };
     run(&argv).expect_code(0);
     this
 }
