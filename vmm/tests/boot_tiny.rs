@@ -198,6 +198,7 @@ impl Vmm {
             vcpus,
             memory_mib: 64,
             kernel_params: String::new(),
+            nics: vec![],
         };
         self.send(&config.encode().unwrap());
     }

@@ -165,6 +165,7 @@ pub async fn launch(
         vcpus: launch.vcpus,
         memory_mib: launch.memory_mib,
         kernel_params: launch.kernel_params.to_owned(),
+        nics: Vec::new(),
     }
     .encode()?;
     let kvm = File::options()
