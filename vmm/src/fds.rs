@@ -179,7 +179,8 @@ fn is_kind(file: &OwnedFd, flags: i32, kind: Kind) -> bool {
     }
 }
 
-fn is_set_up_tap(file: &OwnedFd) -> bool {
+/// Whether this is a tap, set up as the table says.
+pub(crate) fn is_set_up_tap(file: &OwnedFd) -> bool {
     // SAFETY: all zeroes is a valid ifreq.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     let mut header = 0i32;
