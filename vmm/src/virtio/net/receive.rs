@@ -99,6 +99,7 @@ impl Receiver {
                 self.held.front().map_or(0, |held| held.pieces)
             };
             tap = match self.pieces.read_from(from, pieces, &mut self.spill) {
+                // A tap has a header at least; were it to end, it must not be asked again and again.
                 Ok(0) => next(Source::Empty),
                 Ok(length) => {
                     *budget = budget.saturating_sub(1);

@@ -128,19 +128,20 @@ impl PairWorker {
                     .serve(&mut receive_budget, |source| sources.next(taps, source))?;
             }
         }
+        if self.receiver.is_signal_due()? {
+            self.interrupt.signal_queue();
+        }
         let mut transmit_budget = FRAMES_PER_PASS;
-        let mut signal = self.receiver.is_signal_due()?;
         if let (Some(tap), true) = (self.pairs.taps().get(self.index), self.transmitter.is_ready()) {
-            signal |= self.transmitter.serve(tap, &mut transmit_budget)?;
+            if self.transmitter.serve(tap, &mut transmit_budget)? {
+                self.interrupt.signal_queue();
+            }
             if self.transmitter.is_blocked() {
                 // Has the tap tell that it takes frames again, also if that is so by now.
                 let events = self.sources.watched.get(self.index).copied().unwrap_or(0);
                 poll.modify(tap.as_fd(), tap_token(self.index), events)
                     .map_err(WorkerError::io("waiting for room in the tap"))?;
             }
-        }
-        if signal {
-            self.interrupt.signal_queue();
         }
         if receive_budget == 0 || transmit_budget == 0 {
             self.ring()?;

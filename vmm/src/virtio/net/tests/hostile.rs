@@ -214,8 +214,8 @@ fn parts() -> impl Strategy<Value = Vec<(u64, u32, bool)>> {
 
 fn act() -> impl Strategy<Value = Act> {
     prop_oneof![
-        5 => (0usize..3000).prop_map(Act::Frame),
-        2 => (0usize..70_000).prop_map(Act::Frame),
+        5 => (1usize..3000).prop_map(Act::Frame),
+        2 => (1usize..70_000).prop_map(Act::Frame),
         1 => (0usize..100).prop_map(Act::Flood),
         10 => parts().prop_map(Act::Post),
         6 => parts().prop_map(Act::Send),

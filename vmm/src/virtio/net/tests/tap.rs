@@ -13,7 +13,7 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::time::{Duration, Instant};
-use virtio_bindings::virtio_net::VIRTIO_NET_F_GUEST_CSUM;
+use virtio_bindings::virtio_net::{VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_MRG_RXBUF};
 use vm_memory::Bytes;
 use vm_memory::GuestAddress;
 
@@ -24,6 +24,8 @@ const KIND: u16 = 0x88b5;
 struct Network {
     tap: Option<OwnedFd>,
     socket: OwnedFd,
+    /// For IPv4, with the header that taps have, but for the number of buffers.
+    segments: OwnedFd,
     name: [libc::c_char; 16],
 }
 
@@ -40,6 +42,17 @@ fn check(result: i32) -> io::Result<i32> {
         return Err(io::Error::last_os_error());
     }
     Ok(result)
+}
+
+fn packet_socket(kind: u16) -> io::Result<OwnedFd> {
+    // SAFETY: plain numbers; the new descriptor is nobody else's.
+    unsafe {
+        Ok(OwnedFd::from_raw_fd(check(libc::socket(
+            libc::AF_PACKET,
+            libc::SOCK_RAW | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC,
+            i32::from(kind.to_be()),
+        ))?))
+    }
 }
 
 impl Network {
@@ -70,16 +83,20 @@ impl Network {
                 libc::TUNSETVNETHDRSZ as _,
                 &raw const length,
             ))?;
-            let socket = OwnedFd::from_raw_fd(check(libc::socket(
-                libc::AF_PACKET,
-                libc::SOCK_RAW | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC,
-                i32::from(KIND.to_be()),
-            ))?);
             let network = Self {
                 tap: Some(tap.into()),
-                socket,
+                socket: packet_socket(KIND)?,
+                segments: packet_socket(libc::ETH_P_IP as u16)?,
                 name,
             };
+            let on = 1i32;
+            check(libc::setsockopt(
+                network.segments.as_raw_fd(),
+                libc::SOL_PACKET,
+                libc::PACKET_VNET_HDR,
+                (&raw const on).cast(),
+                size_of_val(&on) as u32,
+            ))?;
             network.set_up(true)?;
             let mut index = request(name, 0);
             check(libc::ioctl(
@@ -87,15 +104,20 @@ impl Network {
                 libc::SIOCGIFINDEX as _,
                 &raw mut index,
             ))?;
-            let mut address: libc::sockaddr_ll = std::mem::zeroed();
-            address.sll_family = libc::AF_PACKET as u16;
-            address.sll_protocol = KIND.to_be();
-            address.sll_ifindex = index.ifr_ifru.ifru_ifindex;
-            check(libc::bind(
-                network.socket.as_raw_fd(),
-                (&raw const address).cast(),
-                size_of_val(&address) as u32,
-            ))?;
+            for (socket, kind) in [
+                (&network.socket, KIND),
+                (&network.segments, libc::ETH_P_IP as u16),
+            ] {
+                let mut address: libc::sockaddr_ll = std::mem::zeroed();
+                address.sll_family = libc::AF_PACKET as u16;
+                address.sll_protocol = kind.to_be();
+                address.sll_ifindex = index.ifr_ifru.ifru_ifindex;
+                check(libc::bind(
+                    socket.as_raw_fd(),
+                    (&raw const address).cast(),
+                    size_of_val(&address) as u32,
+                ))?;
+            }
             Ok(network)
         }
     }
@@ -108,32 +130,90 @@ impl Network {
     }
 
     fn send(&self, frame: &[u8]) -> bool {
-        // SAFETY: pointer and length belong together.
-        let sent = unsafe { libc::send(self.socket.as_raw_fd(), frame.as_ptr().cast(), frame.len(), 0) };
-        sent == frame.len() as isize
+        send(&self.socket, frame)
     }
 
     /// The next frame that comes, waited for a while.
     fn receive(&self) -> Option<Vec<u8>> {
-        let mut poll = libc::pollfd {
-            fd: self.socket.as_raw_fd(),
-            events: libc::POLLIN,
-            revents: 0,
-        };
-        let mut buffer = vec![0; 0x2_0000];
-        // SAFETY: one entry; pointer and length belong together.
-        let length = unsafe {
-            libc::poll(&raw mut poll, 1, 2000);
-            libc::recv(
-                self.socket.as_raw_fd(),
-                buffer.as_mut_ptr().cast(),
-                buffer.len(),
-                0,
-            )
-        };
-        buffer.truncate(usize::try_from(length).ok()?);
-        Some(buffer)
+        receive(&self.socket)
     }
+}
+
+fn send(socket: &OwnedFd, frame: &[u8]) -> bool {
+    // SAFETY: pointer and length belong together.
+    let sent = unsafe { libc::send(socket.as_raw_fd(), frame.as_ptr().cast(), frame.len(), 0) };
+    sent == frame.len() as isize
+}
+
+fn receive(socket: &OwnedFd) -> Option<Vec<u8>> {
+    let mut poll = libc::pollfd {
+        fd: socket.as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    let mut buffer = vec![0; 0x2_0000];
+    // SAFETY: one entry; pointer and length belong together.
+    let length = unsafe {
+        libc::poll(&raw mut poll, 1, 2000);
+        libc::recv(socket.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), 0)
+    };
+    buffer.truncate(usize::try_from(length).ok()?);
+    Some(buffer)
+}
+
+/// Size of a segment.
+const SEGMENT: usize = 1448;
+
+/// Where the data of [`segmented`] starts, behind our header and those of Ethernet, IPv4 and TCP.
+const SEGMENT_DATA: usize = LEN + 14 + 20 + 20;
+
+/// A TCP packet of `length` bytes of data over IPv4, to be cut into segments.
+fn segmented(length: usize) -> Vec<u8> {
+    let total = (40 + length) as u16;
+    let mut packet = vec![1, 1, 54, 0];
+    packet.extend((SEGMENT as u16).to_le_bytes());
+    packet.extend([34, 0, 16, 0, 0, 0]);
+    packet.extend([0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 2, 0, 0, 0, 0, 9, 8, 0]);
+    let mut ip = vec![0x45, 0];
+    ip.extend(total.to_be_bytes());
+    ip.extend([0, 1, 0x40, 0, 64, 6, 0, 0, 10, 9, 9, 1, 10, 9, 9, 2]);
+    let sum = !checksum(&ip);
+    ip[10..12].copy_from_slice(&sum.to_be_bytes());
+    packet.extend(&ip);
+    let mut tcp = [0; 20];
+    tcp[..4].copy_from_slice(&[0x13, 0x88, 0x13, 0x89]);
+    tcp[12..16].copy_from_slice(&[0x50, 0x10, 0xff, 0xff]);
+    // That of the addresses, the protocol and the length; the rest is for who cuts it.
+    let pseudo = [&ip[12..20], &[0, 6], &(20 + length as u16).to_be_bytes()].concat();
+    tcp[16..18].copy_from_slice(&checksum(&pseudo).to_be_bytes());
+    packet.extend(tcp);
+    packet.extend((0..length).map(|at| (at / 7) as u8));
+    packet
+}
+
+fn checksum(bytes: &[u8]) -> u16 {
+    let mut sum: u32 = bytes
+        .chunks(2)
+        .map(|pair| u32::from(pair[0]) << 8 | u32::from(pair.get(1).copied().unwrap_or(0)))
+        .sum();
+    while sum > 0xffff {
+        sum = (sum >> 16) + (sum & 0xffff);
+    }
+    sum as u16
+}
+
+/// Whether the TCP checksum of a segment, behind our header, is right.
+fn has_right_checksum(frame: &[u8]) -> bool {
+    let ip = &frame[LEN + 14..];
+    let length = u16::from_be_bytes([ip[2], ip[3]]) - 20;
+    let pseudo = [
+        &ip[12..20],
+        &[0, 6],
+        &length.to_be_bytes(),
+        &ip[20..20 + usize::from(length)],
+    ]
+    .concat();
+    checksum(&pseudo) == 0xffff
 }
 
 /// Runs `test` on a thread of its own, which has a network.
@@ -203,6 +283,10 @@ impl Guest {
 
     /// The frames of our kind that come until there are `count`.
     fn receive(&mut self, count: usize) -> Vec<Vec<u8>> {
+        self.receive_kind(KIND, count)
+    }
+
+    fn receive_kind(&mut self, kind: u16, count: usize) -> Vec<Vec<u8>> {
         let start = Instant::now();
         let mut frames = vec![];
         while frames.len() < count {
@@ -215,7 +299,7 @@ impl Guest {
             frames.extend(
                 new.into_iter()
                     .map(|(_, frame)| frame)
-                    .filter(|frame| frame.get(LEN + 12..LEN + 14) == Some(&KIND.to_be_bytes())),
+                    .filter(|frame| frame.get(LEN + 12..LEN + 14) == Some(&kind.to_be_bytes())),
             );
         }
         frames
@@ -344,4 +428,57 @@ fn a_driver_without_offloads_gets_whole_frames() {
         assert!(network.send(body(&ethernet(600, 2))));
         assert_eq!(body(&guest.receive(1)[0]), body(&ethernet(600, 2)));
     });
+}
+
+#[test]
+fn large_packets_are_left_whole_or_cut_as_the_driver_has_it() {
+    let data = 30_000usize;
+    let packet = segmented(data);
+    let cut = data.div_ceil(SEGMENT);
+    for (name, features, frames, checksums) in [
+        ("whole", all_features(), 1, false),
+        (
+            "sums",
+            all_features() & !bits(&[VIRTIO_NET_F_GUEST_TSO4]),
+            cut,
+            false,
+        ),
+        ("cut", all_features() & bits(&[VIRTIO_NET_F_MRG_RXBUF]), cut, true),
+    ] {
+        with_network(
+            "large_packets_are_left_whole_or_cut_as_the_driver_has_it",
+            |mut network| {
+                let mut guest = Guest::new(name, network.tap.take().unwrap(), |_| features);
+                guest.pair.post_many(100);
+                // Without the number of buffers.
+                assert!(send(&network.segments, &[&packet[..10], body(&packet)].concat()));
+                let seen = guest.receive_kind(0x800, frames);
+                assert_eq!(seen.len(), frames);
+                let found: Vec<u8> = seen
+                    .iter()
+                    .flat_map(|frame| frame[SEGMENT_DATA..].to_vec())
+                    .collect();
+                assert!(
+                    found == packet[SEGMENT_DATA..],
+                    "{name}: the data are those that were sent"
+                );
+                assert_eq!(seen[0][1], u8::from(frames == 1), "{name}: kind of segmentation");
+                assert_eq!(
+                    seen[0][0] & 1,
+                    u8::from(!checksums),
+                    "{name}: a checksum to be made"
+                );
+                if checksums {
+                    assert!(seen.iter().all(|frame| has_right_checksum(frame)));
+                }
+                // The other way round the host's kernel takes it whole.
+                if features == all_features() {
+                    guest.send(&packet);
+                    let seen = receive(&network.segments).unwrap();
+                    assert_eq!(seen[..8], packet[..8]);
+                    assert!(seen[10..] == *body(&packet));
+                }
+            },
+        );
+    }
 }
