@@ -18,6 +18,7 @@ mod events;
 mod fault;
 mod init;
 mod log;
+mod network;
 mod process;
 mod reaper;
 mod sandbox;

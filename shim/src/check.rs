@@ -343,6 +343,7 @@ async fn boot(
             container: id.clone(),
             ..CgroupConfig::default()
         },
+        network: None,
         log: RingLog::default(),
     };
     let begin = Instant::now();

@@ -39,6 +39,8 @@ pub struct Config {
     pub programs: ProgramPaths,
     /// The host's cgroups.
     pub cgroup: Cgroup,
+    /// The sandbox's network.
+    pub network: Network,
     /// How long things may take.
     pub timeouts: Timeouts,
     /// What is logged, and where.
@@ -167,6 +169,24 @@ impl Default for Cgroup {
         Self {
             driver: Driver::Auto,
             limits: true,
+        }
+    }
+}
+
+/// `[network]`: the NICs of a sandbox's machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Network {
+    /// NICs beyond those that there are at the start; `None`: two if there are none, none otherwise.
+    pub spare_nics: Option<u8>,
+    /// Pairs of queues of each NIC.
+    pub queue_pairs: u8,
+}
+
+impl Default for Network {
+    fn default() -> Self {
+        Self {
+            spare_nics: None,
+            queue_pairs: 1,
         }
     }
 }

@@ -87,6 +87,8 @@ impl Sandbox {
             self.run_hooks(&id, Phase::CreateRuntime).await?;
             let shown = self.show(&id, &root, &needs, &mut undo)?;
             self.run_hooks(&id, Phase::CreateContainer).await?;
+            // What the hooks have wired.
+            self.parts.network.catch_up().await?;
 
             // In the guest: the container and its init process.
             self.step("streams")?;

@@ -6,6 +6,7 @@ mod container;
 mod control;
 mod error;
 mod hooks;
+mod network;
 mod places;
 mod process;
 mod programs;
@@ -70,6 +71,8 @@ pub struct SandboxConfig {
     pub operator: Arc<Config>,
     /// Where its processes are on the host.
     pub cgroup: CgroupConfig,
+    /// The network namespace that its first container is to join; `None`: one of its own.
+    pub network: Option<PathBuf>,
     /// The log of the process that runs the engine, which is kept in the sandbox's directory while it is there.
     pub log: RingLog,
 }

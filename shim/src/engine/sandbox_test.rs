@@ -55,6 +55,7 @@ impl Stage {
             kernel_params: "quiet".into(),
             operator: Arc::default(),
             cgroup: Default::default(),
+            network: None,
             log: Default::default(),
         }
     }

@@ -19,6 +19,7 @@ use super::{
     cleanup::remove_leftovers,
     hooks::Lives,
     lock,
+    network::{self, Network},
     places::Places,
     record::{self, Record},
     sandbox::{EXEC_GRACE, Ended, Parts},
@@ -113,6 +114,9 @@ pub(super) async fn start(
     // The cgroup that its processes are born in; our own moves there meanwhile.
     let cgroups = Cgroups::make(&config, &places, &path, &mut record, &mut undo).await?;
 
+    // The network, with what its NICs are plugged into.
+    let mut plugged = network::plug(&config, &places, &path, &mut record, &mut undo).await?;
+
     // The machine and its file server, side by side.
     places
         .step("launch")
@@ -127,6 +131,7 @@ pub(super) async fn start(
             kernel_params: &config.kernel_params,
             console,
             cgroup: cgroups.own(),
+            taps: std::mem::take(&mut plugged.taps),
         },
         #[cfg(test)]
         |ends| {
@@ -150,10 +155,21 @@ pub(super) async fn start(
         record.fsd = Some(machine.fsd().identity());
         places.step("pids").and_then(|()| record.save(&path))?;
         places.step("agent")?;
-        agent::connect(&machine, &hostname, config.operator.timeouts).await
+        let namespace = plugged.namespace.try_clone()?;
+        let connected = agent::connect(
+            &machine,
+            &hostname,
+            plugged.to_wire(),
+            config.operator.timeouts,
+        )
+        .await?;
+        let (agent, events) = connected;
+        let agent = Arc::new(agent);
+        let network = Network::follow(plugged, Arc::clone(&agent))?;
+        io::Result::Ok((agent, events, network, namespace))
     }
     .await;
-    let (agent, guest_events) = match connected {
+    let (agent, guest_events, network, namespace) = match connected {
         Ok(connected) => connected,
         Err(error) => {
             // A machine that is gone can tell why.
@@ -205,10 +221,11 @@ pub(super) async fn start(
     Ok(Arc::new(Sandbox::assemble(Parts {
         dir: path,
         machine,
-        agent: Arc::new(agent),
+        agent,
+        network,
         table,
         record: Arc::new(Mutex::new(record)),
-        standins: Arc::new(StandIns::new(config.programs.standin)),
+        standins: Arc::new(StandIns::new(config.programs.standin, namespace)),
         cgroups,
         lives: Lives::default(),
         volumes: Arc::new(Volumes::new(&share)),

@@ -7,6 +7,8 @@ pub mod idmap;
 pub mod memory;
 pub mod mount;
 pub mod namespaces;
+pub mod netns;
+pub mod network;
 pub mod pid;
 pub mod ringlog;
 pub mod rootfs;

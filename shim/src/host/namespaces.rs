@@ -14,6 +14,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use serde::{Deserialize, Serialize};
+
 /// `ioctl` that tells the kind of a namespace: `_IO(0xb7, 3)`.
 const NS_GET_NSTYPE: libc::c_ulong = 0xb703;
 
@@ -101,7 +103,7 @@ impl Kind {
 }
 
 /// Which namespace it is, among those that exist at the same time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Id {
     device: u64,
     inode: u64,
