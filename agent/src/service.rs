@@ -12,8 +12,9 @@ use husk_agent_protocol::{
         ContainerStatsRequest, ContainerStatsResponse, CreateContainerRequest, CreateContainerResponse,
         DeleteContainerRequest, Empty, Event, ExecProcessRequest, ExecProcessResponse, ListProcessesRequest,
         ListProcessesResponse, PauseContainerRequest, ResizeTerminalRequest, ResumeContainerRequest,
-        SetNetworkRequest, SetNetworkResponse, SetupRequest, SetupResponse, SignalProcessRequest, StartContainerRequest, StartContainerResponse,
-        UpdateContainerRequest, UpdateContainerResponse, list_processes_response,
+        SetNetworkRequest, SetNetworkResponse, SetupRequest, SetupResponse, SignalProcessRequest,
+        StartContainerRequest, StartContainerResponse, UpdateContainerRequest, UpdateContainerResponse,
+        list_processes_response,
     },
     service::Agent,
 };

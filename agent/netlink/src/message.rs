@@ -190,7 +190,9 @@ mod tests {
         let request = Request::new(20, 5, &[1, 2, 3])
             .with_u32(7, 0x0102_0304)
             .with_text(3, "eth0")
-            .with_nested(26 | super::super::kind::NESTED, |inner| inner.with(1, &[9]).with(2, &[]));
+            .with_nested(26 | super::super::kind::NESTED, |inner| {
+                inner.with(1, &[9]).with(2, &[])
+            });
         let bytes = request.encode(1, 77);
         assert_eq!(bytes.len() % 4, 0);
         let (message, rest) = Message::read(&bytes).unwrap();
@@ -200,14 +202,24 @@ mod tests {
         assert_eq!(found[0].u32(), Some(0x0102_0304));
         assert_eq!((found[1].kind, found[1].text()), (3, Some("eth0")));
         assert_eq!(found[2].kind, 26);
-        let inner: Vec<_> = found[2].nested().map(|inner| (inner.kind, inner.data.len())).collect();
+        let inner: Vec<_> = found[2]
+            .nested()
+            .map(|inner| (inner.kind, inner.data.len()))
+            .collect();
         assert_eq!(inner, [(1, 1), (2, 0)]);
         assert_eq!(found.len(), 3);
     }
 
     #[test]
     fn nonsense_has_no_attributes_and_no_messages() {
-        for bytes in [&[][..], &[1], &[3, 0, 1, 0], &[0, 0, 0, 0], &[9, 0, 1, 0, 5, 5], &[255; 40]] {
+        for bytes in [
+            &[][..],
+            &[1],
+            &[3, 0, 1, 0],
+            &[0, 0, 0, 0],
+            &[9, 0, 1, 0, 5, 5],
+            &[255; 40],
+        ] {
             assert_eq!(attributes(bytes).count(), 0, "{bytes:?}");
             assert!(Message::read(bytes).is_none(), "{bytes:?}");
         }

@@ -74,7 +74,11 @@ impl Network {
     fn of_machine_with(is_nic: impl Fn(&Message) -> bool) -> io::Result<Self> {
         let mut socket = Socket::new()?;
         let links = socket.dump(&Request::new(libc::RTM_GETLINK, 0, &[0; kind::LINK_HEADER]))?;
-        let mut nics: Vec<u32> = links.iter().filter(|link| is_nic(link)).filter_map(nic::index).collect();
+        let mut nics: Vec<u32> = links
+            .iter()
+            .filter(|link| is_nic(link))
+            .filter_map(nic::index)
+            .collect();
         // In the order in which the kernel found them.
         nics.sort_unstable();
         let open = || File::open("/proc/thread-self/ns/net").map(OwnedFd::from);
@@ -148,7 +152,11 @@ impl Network {
         let Some(index) = machine.nics.get(nic.slot as usize) else {
             return Err(Fault::spec(
                 field,
-                format_args!("the machine has no NIC {}; it has {}", nic.slot, machine.nics.len()),
+                format_args!(
+                    "the machine has no NIC {}; it has {}",
+                    nic.slot,
+                    machine.nics.len()
+                ),
             ));
         };
         machine

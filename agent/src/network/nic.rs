@@ -56,19 +56,37 @@ pub fn moved(index: u32, to: BorrowedFd<'_>, new_index: u32, name: &str) -> Requ
 pub fn check(nic: &Nic) -> Result<(), Fault> {
     let name = nic.name.as_str();
     let plain = |byte: u8| byte.is_ascii_graphic() && byte != b'/' && byte != b':';
-    if name.is_empty() || name.len() > MAX_NAME || !name.bytes().all(plain) || [".", "..", "lo"].contains(&name) {
-        return Err(Fault::spec("network", format_args!("{name:?} is no name of a NIC")));
+    if name.is_empty()
+        || name.len() > MAX_NAME
+        || !name.bytes().all(plain)
+        || [".", "..", "lo"].contains(&name)
+    {
+        return Err(Fault::spec(
+            "network",
+            format_args!("{name:?} is no name of a NIC"),
+        ));
     }
     let field = format!("network: NIC {name}");
     if nic.mac.len() != 6 {
         return Err(Fault::spec(field, "a MAC address has six bytes"));
     }
     if nic.index <= super::LOOPBACK || nic.index > i32::MAX as u32 {
-        return Err(Fault::spec(field, format_args!("it cannot have the number {}", nic.index)));
+        return Err(Fault::spec(
+            field,
+            format_args!("it cannot have the number {}", nic.index),
+        ));
     }
     for Setting { name, .. } in &nic.settings {
-        let good = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_');
-        if !name.split_once('/').is_some_and(|(family, key)| good(family) && good(key)) {
+        let good = |text: &str| {
+            !text.is_empty()
+                && text
+                    .bytes()
+                    .all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
+        };
+        if !name
+            .split_once('/')
+            .is_some_and(|(family, key)| good(family) && good(key))
+        {
             return Err(Fault::spec(field, format_args!("{name:?} is no setting")));
         }
     }
@@ -118,9 +136,12 @@ fn set_link(socket: &mut Socket, nic: &Nic) -> Result<(), Fault> {
         .with(libc::IFLA_ADDRESS, &nic.mac)
         .with_u32(libc::IFLA_MTU, nic.mtu)
         .with_u32(libc::IFLA_TXQLEN, nic.queue_length);
-    socket
-        .request(&request)
-        .map_err(|error| refused(format_args!("network: NIC {}: set its MAC and MTU", nic.name), &error))
+    socket.request(&request).map_err(|error| {
+        refused(
+            format_args!("network: NIC {}: set its MAC and MTU", nic.name),
+            &error,
+        )
+    })
 }
 
 fn set_flags(socket: &mut Socket, nic: &Nic) -> Result<(), Fault> {
@@ -132,7 +153,9 @@ fn set_flags(socket: &mut Socket, nic: &Nic) -> Result<(), Fault> {
 fn set_address_mode(socket: &mut Socket, nic: &Nic, mode: u8) -> Result<(), Fault> {
     let family = libc::AF_INET6 as u16 | kind::NESTED;
     let request = request(nic.index, 0, 0).with_nested(libc::IFLA_AF_SPEC | kind::NESTED, |families| {
-        families.with_nested(family, |inner| inner.with(kind::IFLA_INET6_ADDR_GEN_MODE, &[mode]))
+        families.with_nested(family, |inner| {
+            inner.with(kind::IFLA_INET6_ADDR_GEN_MODE, &[mode])
+        })
     });
     match socket.request(&request) {
         // A NIC without IPv6, as one with a small MTU; a way of which the kernel needs to know more.

@@ -152,9 +152,8 @@ fn remove_surplus(socket: &mut Socket, wanted: &Network) -> Result<(), Fault> {
             Err(error) => return Err(refused("network: list the routes", &error)),
         };
         for Message { body, .. } in routes {
-            let surplus = Key::of(&body).is_some_and(|key| {
-                key.is_made_by_kernel && nics.contains(&key.nic) && !known.contains(&key)
-            });
+            let surplus = Key::of(&body)
+                .is_some_and(|key| key.is_made_by_kernel && nics.contains(&key.nic) && !known.contains(&key));
             if surplus {
                 let _ = socket.request(&Request::new(libc::RTM_DELROUTE, 0, &body));
             }

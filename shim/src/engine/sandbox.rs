@@ -14,8 +14,8 @@ use tokio::{
 
 use super::{
     EngineError, Event, Exit, ProcessInfo, ProcessStatus, SandboxConfig, StartError, Stdio, cgroups::Cgroups,
-    error::last_words, hooks::Lives, lock, network::Network, places::Places, record::Record, spec, standins::StandIns, start,
-    streams::Streams, table::Table, undo::Undo, volumes::Volumes,
+    error::last_words, hooks::Lives, lock, network::Network, places::Places, record::Record, spec,
+    standins::StandIns, start, streams::Streams, table::Table, undo::Undo, volumes::Volumes,
 };
 use crate::{
     guest::{

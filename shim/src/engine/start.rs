@@ -156,13 +156,8 @@ pub(super) async fn start(
         places.step("pids").and_then(|()| record.save(&path))?;
         places.step("agent")?;
         let namespace = plugged.namespace.try_clone()?;
-        let connected = agent::connect(
-            &machine,
-            &hostname,
-            plugged.to_wire(),
-            config.operator.timeouts,
-        )
-        .await?;
+        let connected =
+            agent::connect(&machine, &hostname, plugged.to_wire(), config.operator.timeouts).await?;
         let (agent, events) = connected;
         let agent = Arc::new(agent);
         let network = Network::follow(plugged, Arc::clone(&agent))?;

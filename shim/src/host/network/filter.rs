@@ -4,7 +4,10 @@
 //! past: it sees no frame of the guest's and answers none (no ARP, no RST) that is meant for the guest. A program needs
 //! no kernel module but `cls_bpf` and `sch_ingress`, and drops what the guest sends under another MAC than its own.
 
-use std::{io, os::fd::{AsRawFd, FromRawFd, OwnedFd}};
+use std::{
+    io,
+    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+};
 
 use husk_netlink::{Error, Message, Request, Socket, kind, message::u32_at};
 
@@ -186,7 +189,11 @@ fn header(device: u32, handle: u32, parent: u32, info: u32) -> [u8; kind::TRAFFI
 /// The kernel's.
 pub fn set(socket: &mut Socket, device: u32, fate: Fate) -> io::Result<()> {
     let flags = libc::NLM_F_CREATE | libc::NLM_F_EXCL;
-    let discipline = Request::new(libc::RTM_NEWQDISC, flags, &header(device, INGRESS_HANDLE, INGRESS, 0));
+    let discipline = Request::new(
+        libc::RTM_NEWQDISC,
+        flags,
+        &header(device, INGRESS_HANDLE, INGRESS, 0),
+    );
     match socket.request(&discipline.with_text(libc::TCA_KIND, "ingress")) {
         // There may be one with filters of somebody else's.
         Err(error) if error.number() != Some(libc::EEXIST) => return Err(advise(error, "sch_ingress")),
@@ -196,20 +203,27 @@ pub fn set(socket: &mut Socket, device: u32, fate: Fate) -> io::Result<()> {
         .load()
         .map_err(|error| io::Error::new(error.kind(), format!("cannot load a BPF program: {error}")))?;
     let flags = libc::NLM_F_CREATE | libc::NLM_F_REPLACE;
-    let filter = Request::new(libc::RTM_NEWTFILTER, flags, &header(device, HANDLE, FILTERS, INFO))
-        .with_text(libc::TCA_KIND, "bpf")
-        .with_nested(libc::TCA_OPTIONS | kind::NESTED, |options| {
-            options
-                .with_u32(BPF_FD, program.as_raw_fd() as u32)
-                .with_text(BPF_NAME, NAME)
-                .with_u32(BPF_FLAGS, ACT_DIRECT)
-        });
+    let filter = Request::new(
+        libc::RTM_NEWTFILTER,
+        flags,
+        &header(device, HANDLE, FILTERS, INFO),
+    )
+    .with_text(libc::TCA_KIND, "bpf")
+    .with_nested(libc::TCA_OPTIONS | kind::NESTED, |options| {
+        options
+            .with_u32(BPF_FD, program.as_raw_fd() as u32)
+            .with_text(BPF_NAME, NAME)
+            .with_u32(BPF_FLAGS, ACT_DIRECT)
+    });
     socket.request(&filter).map_err(|error| advise(error, "cls_bpf"))
 }
 
 fn advise(error: Error, module: &str) -> io::Error {
     let kind = error.source.kind();
-    io::Error::new(kind, format!("tc: {error}; it needs the kernel's module {module}"))
+    io::Error::new(
+        kind,
+        format!("tc: {error}; it needs the kernel's module {module}"),
+    )
 }
 
 /// Takes back [`set`]. None there is fine; filters of somebody else's stay.
@@ -223,13 +237,14 @@ pub fn remove(socket: &mut Socket, device: u32) -> io::Result<()> {
         // No discipline, or no device.
         Err(_) => return Ok(()),
     };
-    let (ours, others): (Vec<&Message>, Vec<&Message>) =
-        filters.iter().partition(|filter| is_ours(filter));
+    let (ours, others): (Vec<&Message>, Vec<&Message>) = filters.iter().partition(|filter| is_ours(filter));
     if ours.is_empty() {
         return Ok(());
     }
     // The kernel lists a filter's place, too, without its handle.
-    let others = others.iter().any(|filter| u32_at(&filter.body, 8).is_some_and(|handle| handle != 0));
+    let others = others
+        .iter()
+        .any(|filter| u32_at(&filter.body, 8).is_some_and(|handle| handle != 0));
     let request = if others {
         Request::new(libc::RTM_DELTFILTER, 0, &header(device, HANDLE, FILTERS, INFO))
             .with_text(libc::TCA_KIND, "bpf")

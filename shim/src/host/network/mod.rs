@@ -19,10 +19,7 @@ use self::{
     filter::Fate,
     view::{Link, Nic, View},
 };
-use super::{
-    namespaces::Namespace,
-    netns::within,
-};
+use super::{namespaces::Namespace, netns::within};
 
 /// What the bridge knows of a machine's NIC.
 #[derive(Debug)]
@@ -118,7 +115,8 @@ impl Network {
     /// # Errors
     /// Then nothing of it is left but what [`clear`] removes.
     pub fn open(namespace: &Namespace, size: Size) -> Result<(Self, Vec<Tap>, View), NetworkError> {
-        let mut socket = within(namespace, Socket::new).map_err(host("cannot enter the network namespace"))?;
+        let mut socket =
+            within(namespace, Socket::new).map_err(host("cannot enter the network namespace"))?;
         let list = |socket: &mut Socket| view::links(socket).map_err(host("cannot list the NICs"));
         let links = list(&mut socket)?;
         if let Some(taken) = links.iter().find(|link| link.nic.name.starts_with(tap::NAME)) {
@@ -134,7 +132,9 @@ impl Network {
         let count = found.saturating_add(spare).min(size.most);
         let queues = size.queues;
         let queues = within(namespace, move || {
-            (0..count).map(|number| tap_of_slot(number, queues)).collect::<io::Result<Vec<_>>>()
+            (0..count)
+                .map(|number| tap_of_slot(number, queues))
+                .collect::<io::Result<Vec<_>>>()
         })
         .map_err(host("cannot make a tap"))?;
 
@@ -144,14 +144,19 @@ impl Network {
             let name = name_of(number);
             let tap = links.iter().find(|link| link.nic.name == name);
             let tap = tap.map(|link| link.nic.index);
-            let tap = tap.ok_or_else(|| host("cannot find a tap")(io::Error::new(io::ErrorKind::NotFound, name)))?;
+            let tap =
+                tap.ok_or_else(|| host("cannot find a tap")(io::Error::new(io::ErrorKind::NotFound, name)))?;
             slots.push(Slot { tap, wired: None });
         }
         let mut this = Self { socket, slots };
         for slot in &this.slots {
             // Until it is wired, nothing that the guest sends goes anywhere.
             filter::set(&mut this.socket, slot.tap, Fate::Drop)
-                .and_then(|()| this.socket.request(&changed(slot.tap, None)).map_err(io::Error::from))
+                .and_then(|()| {
+                    this.socket
+                        .request(&changed(slot.tap, None))
+                        .map_err(io::Error::from)
+                })
                 .map_err(host("cannot set up a tap"))?;
         }
         let Followed { view, left_out } = this.follow(size.most)?;
@@ -173,7 +178,11 @@ impl Network {
     /// What could not be done.
     pub fn follow(&mut self, most: usize) -> Result<Followed, NetworkError> {
         let links = view::links(&mut self.socket).map_err(host("cannot list the NICs"))?;
-        let mut nics: Vec<Nic> = links.into_iter().filter(|link| link.is_nic).map(|Link { nic, .. }| nic).collect();
+        let mut nics: Vec<Nic> = links
+            .into_iter()
+            .filter(|link| link.is_nic)
+            .map(|Link { nic, .. }| nic)
+            .collect();
         for number in 0..self.slots.len() {
             let wired = self.slots.get(number).and_then(|slot| slot.wired);
             let Some((index, ..)) = wired else { continue };

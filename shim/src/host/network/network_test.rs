@@ -48,7 +48,10 @@ fn pair() -> (Namespace, Namespace) {
 }
 
 fn ours(namespace: &Namespace) -> String {
-    sh(namespace, "tc qdisc show | grep ingress || true; ip -o link show | grep husk || true")
+    sh(
+        namespace,
+        "tc qdisc show | grep ingress || true; ip -o link show | grep husk || true",
+    )
 }
 
 #[test]
@@ -87,7 +90,9 @@ fn frames_pass_the_namespace_by() {
         match tap.read(&mut frame) {
             Ok(length) if frame[12 + 12..12 + 14] == [8, 6] => break frame[..length].to_vec(),
             Ok(_) => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => std::thread::sleep(Duration::from_millis(2)),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                std::thread::sleep(Duration::from_millis(2))
+            }
             Err(error) => panic!("{error}"),
         }
     };
@@ -111,7 +116,10 @@ fn frames_pass_the_namespace_by() {
     let (result, outside) = asked.join().unwrap().unwrap();
     assert_eq!(result.unwrap_err().kind(), io::ErrorKind::TimedOut);
     let known = sh(&outside, "ip neigh show");
-    assert!(known.contains("02:42:0a:09:00:02") && !known.contains("02:02:02"), "{known}");
+    assert!(
+        known.contains("02:42:0a:09:00:02") && !known.contains("02:02:02"),
+        "{known}"
+    );
     let mut syns = 0;
     while let Ok(length) = tap.read(&mut frame) {
         syns += usize::from(length > 12 + 34 && frame[12 + 12..12 + 14] == [8, 0] && frame[12 + 23] == 6);
@@ -135,12 +143,19 @@ fn late_nics_take_the_spare_ones() {
     let names: Vec<_> = view.nics.iter().map(|nic| nic.name.as_str()).collect();
     assert_eq!(names.len(), 2);
     assert!(names.contains(&"eth0") && names.contains(&"eth1"));
-    assert!(sh(&inside, "ip -o link show").lines().any(|line| line.contains("husk-tap") && line.contains("9000")));
+    assert!(
+        sh(&inside, "ip -o link show")
+            .lines()
+            .any(|line| line.contains("husk-tap") && line.contains("9000"))
+    );
     sh(&inside, "ip link add eth7 type veth peer name eth8");
     let followed = network.follow(8).unwrap();
     assert_eq!(followed.view.nics, view.nics);
     let error = followed.left_out.unwrap().to_string();
-    assert!(error.contains("NIC eth") && error.contains("network.spare_nics"), "{error}");
+    assert!(
+        error.contains("NIC eth") && error.contains("network.spare_nics"),
+        "{error}"
+    );
     // One that goes makes room.
     sh(&inside, "ip link del eth0; ip link del eth7");
     assert_eq!(network.follow(8).unwrap().view.nics, []);
@@ -168,7 +183,15 @@ fn a_killed_sandbox_is_cleared_by_the_next() {
     let (inside, _outside) = pair();
     drop(Network::open(&inside, SIZE).unwrap());
     assert!(ours(&inside).contains("ingress"));
-    let (_network, taps, view) = Network::open(&inside, Size { spare: Some(3), queues: 2, ..SIZE }).unwrap();
+    let (_network, taps, view) = Network::open(
+        &inside,
+        Size {
+            spare: Some(3),
+            queues: 2,
+            ..SIZE
+        },
+    )
+    .unwrap();
     assert_eq!((taps.len(), view.nics.len()), (4, 1));
     assert!(taps.iter().all(|tap| tap.queues.len() == 2));
 }
@@ -191,7 +214,10 @@ fn what_the_guest_is_told_is_what_an_administrator_would_say() {
     // The prefix, default, 77, blackhole, multipath, and fe80::/64.
     assert_eq!(view.routes.len(), 6);
     assert_eq!(view.addresses.len(), 3);
-    sh(&inside, "ip route del blackhole 10.7.0.0/16; ip link set eth0 mtu 1400");
+    sh(
+        &inside,
+        "ip route del blackhole 10.7.0.0/16; ip link set eth0 mtu 1400",
+    );
     let later = network.follow(8).unwrap().view;
     assert_eq!(later.routes.len(), 5);
     assert_eq!(later.nics[0].mtu, 1400);

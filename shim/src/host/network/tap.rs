@@ -19,7 +19,6 @@ pub const DEVICE: &str = "/dev/net/tun";
 /// With it all of their names begin. The number follows.
 pub const NAME: &str = "husk-tap";
 
-
 /// Makes a tap in the calling thread's network namespace, down. It has a descriptor for each of `queues` queues, and is
 /// gone when all of them are closed.
 ///
@@ -37,7 +36,12 @@ fn open(name: &str, flags: libc::c_int) -> io::Result<OwnedFd> {
         .write(true)
         .custom_flags(libc::O_NONBLOCK)
         .open(DEVICE)
-        .map_err(|error| io::Error::new(error.kind(), format!("{DEVICE}: {error}; load the kernel's module tun")))?;
+        .map_err(|error| {
+            io::Error::new(
+                error.kind(),
+                format!("{DEVICE}: {error}; load the kernel's module tun"),
+            )
+        })?;
     // SAFETY: all zeros are a valid value.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     // The last byte stays zero.

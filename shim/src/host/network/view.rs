@@ -155,7 +155,8 @@ const SETTINGS6: [(usize, &str); 14] = [
 ];
 
 fn families(found: &Attribute<'_>, nic: &mut Nic) {
-    let number = |data: &[u8], place: usize| u32_at(data, place.saturating_mul(4)).map(|number| number as i32);
+    let number =
+        |data: &[u8], place: usize| u32_at(data, place.saturating_mul(4)).map(|number| number as i32);
     for family in found.nested() {
         for inner in family.nested() {
             match (i32::from(family.kind), inner.kind) {
@@ -167,9 +168,9 @@ fn families(found: &Attribute<'_>, nic: &mut Nic) {
                     nic.settings.extend(settings);
                 }
                 (libc::AF_INET6, kind::IFLA_INET6_CONF) => {
-                    let settings = SETTINGS6
-                        .iter()
-                        .filter_map(|(place, name)| Some((format!("ipv6/{name}"), number(inner.data, *place)?)));
+                    let settings = SETTINGS6.iter().filter_map(|(place, name)| {
+                        Some((format!("ipv6/{name}"), number(inner.data, *place)?))
+                    });
                     nic.settings.extend(settings);
                 }
                 (libc::AF_INET6, kind::IFLA_INET6_ADDR_GEN_MODE) => {
