@@ -96,6 +96,16 @@ impl Kind {
         }
     }
 
+    /// What to do about one of the host's that is asked for, for the end of an error.
+    fn advice(self) -> &'static str {
+        match self {
+            Self::Network => {
+                "; give the container a network of its own (not Docker's --network host, ctr's --net-host or hostNetwork)"
+            }
+            _ => "",
+        }
+    }
+
     /// Whether a stand-in has one of its own. It needs no more: what it has no part in cannot be mistaken.
     pub fn is_stood_in(self) -> bool {
         matches!(self, Self::Network | Self::Ipc | Self::Uts)
@@ -198,8 +208,8 @@ pub struct Plan {
 pub enum PlanError {
     /// The host's own would be shared, since the spec asks for none.
     #[error(
-        "linux.namespaces: there is no {} namespace; the host's {} namespace cannot be shared with a microVM",
-        kind.name(), kind.name()
+        "linux.namespaces: there is no {} namespace; the host's {} namespace cannot be shared with a microVM{}",
+        kind.name(), kind.name(), kind.advice()
     )]
     HostsByAbsence {
         /// Of this kind.
@@ -207,8 +217,8 @@ pub enum PlanError {
     },
     /// The host's own, by its path.
     #[error(
-        "linux.namespaces[{index}].path: {}: the host's {} namespace cannot be shared with a microVM",
-        path.display(), kind.name()
+        "linux.namespaces[{index}].path: {}: the host's {} namespace cannot be shared with a microVM{}",
+        path.display(), kind.name(), kind.advice()
     )]
     Hosts {
         /// Where in the list.
