@@ -106,6 +106,13 @@ impl Socket {
     /// As [`Socket::new`].
     pub fn monitor(groups: &[u32]) -> io::Result<Self> {
         let this = Self::new()?;
+        // SAFETY: all zeros are a valid value: the kernel chooses the number.
+        let mut address: libc::sockaddr_nl = unsafe { std::mem::zeroed() };
+        address.nl_family = libc::AF_NETLINK as libc::sa_family_t;
+        let length = size_of::<libc::sockaddr_nl>() as libc::socklen_t;
+        // Without a number of its own it would be told nothing.
+        // SAFETY: the pointer and the length are those of `address`.
+        check(unsafe { libc::bind(this.fd.as_raw_fd(), (&raw const address).cast(), length) })?;
         for group in groups {
             set(
                 this.fd.as_fd(),

@@ -22,6 +22,8 @@ mod undo;
 mod volumes;
 
 #[cfg(test)]
+mod network_test;
+#[cfg(test)]
 mod player_test;
 #[cfg(test)]
 mod sandbox_test;

@@ -71,6 +71,22 @@ impl Stage {
         start(self.config("s"), sender, self.places.clone()).await
     }
 
+    /// Starts one in a network namespace that is there.
+    pub async fn start_in(&self, network: PathBuf) -> Result<Arc<Sandbox>, StartError> {
+        let _held = self.player.hold();
+        let (sender, _) = unbounded_channel();
+        let network = Some(network);
+        start(
+            SandboxConfig {
+                network,
+                ..self.config("s")
+            },
+            sender,
+            self.places.clone(),
+        )
+        .await
+    }
+
     pub fn request(&self, id: &str, command: &str, stdio: Stdio) -> CreateContainer {
         let volume = self.dir.path().join("volume");
         let spec = serde_json::json!({
@@ -456,7 +472,7 @@ async fn a_guest_that_is_silent_is_ended() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_start_that_fails_at_any_step_leaves_nothing() {
-    for fault in ["record", "share", "launch", "pids", "agent"] {
+    for fault in ["record", "share", "network", "launch", "pids", "agent"] {
         let mut stage = Stage::new(Character::Good);
         stage.places.fault = Some(fault);
         let (sender, _events) = unbounded_channel();

@@ -138,7 +138,16 @@ fn late_nics_take_the_spare_ones() {
         &inside,
         "ip link add eth0 type veth peer name eth1; ip link set eth0 up; ip link set eth1 mtu 9000 up; ip addr add 10.1.0.1/24 dev eth1",
     );
+    let told = || {
+        let mut poll = [nix::poll::PollFd::new(
+            std::os::fd::AsFd::as_fd(&monitor),
+            nix::poll::PollFlags::POLLIN,
+        )];
+        nix::poll::poll(&mut poll, 0_u8).unwrap()
+    };
+    assert_eq!(told(), 1);
     monitor.drain().unwrap();
+    assert_eq!(told(), 0);
     let view = network.follow(8).unwrap().view;
     let names: Vec<_> = view.nics.iter().map(|nic| nic.name.as_str()).collect();
     assert_eq!(names.len(), 2);
@@ -207,13 +216,13 @@ fn what_the_guest_is_told_is_what_an_administrator_would_say() {
          ip route add 10.8.0.0/16 via 10.9.0.1 table 77 metric 5 mtu 1400
          ip route add blackhole 10.7.0.0/16
          ip route add 10.6.0.0/16 nexthop via 10.9.0.1 weight 2 nexthop via 10.9.0.9
-         ip addr add 192.0.2.1/32 dev lo",
+         ip addr add 192.0.2.1/32 dev lo; ip addr add 10.9.0.20/24 dev eth0",
     );
     let (mut network, _taps, view) = Network::open(&inside, SIZE).unwrap();
     assert_eq!((view.neighbours.len(), view.rules.len()), (1, 1));
     // The prefix, default, 77, blackhole, multipath, and fe80::/64.
     assert_eq!(view.routes.len(), 6);
-    assert_eq!(view.addresses.len(), 3);
+    assert_eq!(view.addresses.len(), 4);
     sh(
         &inside,
         "ip route del blackhole 10.7.0.0/16; ip link set eth0 mtu 1400",

@@ -267,8 +267,9 @@ fn address(mut body: Vec<u8>, indexes: &HashSet<u32>) -> Option<Vec<u8>> {
     };
     let proto = found(kind::IFA_PROTO).and_then(|found| found.data.first().copied());
     let flags = found(libc::IFA_FLAGS).and_then(|found| found.u32()).unwrap_or(0);
-    // The guest's kernel hears the routers itself.
-    if proto == Some(kind::IFAPROT_KERNEL_RA) || flags & libc::IFA_F_TEMPORARY != 0 {
+    // The guest's kernel hears the routers itself. Of IPv4 the same flag says that an address is not a network's first.
+    let is_temporary = body.first() == Some(&(libc::AF_INET6 as u8)) && flags & libc::IFA_F_TEMPORARY != 0;
+    if proto == Some(kind::IFAPROT_KERNEL_RA) || is_temporary {
         return None;
     }
     let own = found(libc::IFA_LOCAL).or_else(|| found(libc::IFA_ADDRESS))?.data;
