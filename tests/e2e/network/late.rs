@@ -36,7 +36,9 @@ fn in_a_hook_and_while_it_runs() {
                 "env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"]}]});
             let container = Container::start(runtime, bundle, &id);
             // It is there when the container's process begins.
-            container.sh("ip addr show eth0 | grep -q 10.11.0.2/24; /usr/bin/ping -n -c 2 -W 10 10.11.0.1");
+            container.sh(
+                "/usr/sbin/ip addr show eth0 | grep -q 10.11.0.2/24; /usr/bin/ping -n -c 2 -W 10 10.11.0.1",
+            );
             sh("ping -n -c 2 -W 10 10.11.0.2");
             if kind == "prestart" {
                 continue;

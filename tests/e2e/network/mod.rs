@@ -170,7 +170,7 @@ pub fn view(show: impl Fn(&str) -> String) -> Vec<String> {
         serde_json::from_str(&text).unwrap_or_else(|error| panic!("{command}: {error}: {text}"))
     };
     let mut seen = Vec::new();
-    for mut link in list("ip -j addr show") {
+    for mut link in list("/usr/sbin/ip -j addr show") {
         let kept = [
             "ifname",
             "ifindex",
@@ -187,7 +187,10 @@ pub fn view(show: impl Fn(&str) -> String) -> Vec<String> {
             .retain(|key, _| kept.contains(&key.as_str()));
         seen.push(format!("link {link} {flags:?}"));
     }
-    for command in ["ip -j route show table all", "ip -j -6 route show table all"] {
+    for command in [
+        "/usr/sbin/ip -j route show table all",
+        "/usr/sbin/ip -j -6 route show table all",
+    ] {
         // The order of routes to different places says nothing.
         let mut routes: Vec<String> = list(command)
             .iter()
@@ -197,9 +200,9 @@ pub fn view(show: impl Fn(&str) -> String) -> Vec<String> {
         seen.extend(routes);
     }
     for command in [
-        "ip -j rule show",
-        "ip -j -6 rule show",
-        "ip -j neigh show nud permanent",
+        "/usr/sbin/ip -j rule show",
+        "/usr/sbin/ip -j -6 rule show",
+        "/usr/sbin/ip -j neigh show nud permanent",
     ] {
         seen.extend(list(command).iter().map(|entry| format!("{command}: {entry}")));
     }
