@@ -2,7 +2,7 @@
 
 use std::{
     fmt, fs, io,
-    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    os::fd::AsRawFd,
     path::{Path, PathBuf},
 };
 
@@ -16,6 +16,7 @@ use nix::{
 use crate::{
     dial::Dial,
     log,
+    network::Network,
     process::{launch, oom},
     sandbox::{Config, Sandbox},
     serve, sys,
@@ -124,7 +125,7 @@ fn null_stdio() -> io::Result<()> {
 pub fn run_machine() -> ! {
     let error = match prepare_machine() {
         Err(error) => error.to_string(),
-        Ok(config) => match run(config) {
+        Ok((config, network)) => match run(config, network) {
             Ok(()) => "the agent has nothing left to do".to_owned(),
             Err(error) => error.to_string(),
         },
@@ -141,10 +142,10 @@ pub fn run_outside(config: Config) -> io::Result<()> {
     // Whatever loses its parent in a container shall be ours to reap, as it is PID 1's.
     sys::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0)?;
     fs::create_dir_all(&config.cgroups)?;
-    run(config)
+    run(config, Network::outside()?)
 }
 
-fn run(config: Config) -> io::Result<()> {
+fn run(config: Config, network: Network) -> io::Result<()> {
     // What is forked from here must not be traced or inspected by a container before its exec.
     sys::prctl(libc::PR_SET_DUMPABLE, 0, 0)?;
     umask(Mode::from_bits_truncate(0o022));
@@ -153,10 +154,10 @@ fn run(config: Config) -> io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    runtime.block_on(serve::run(Sandbox::new(config)?))
+    runtime.block_on(serve::run(Sandbox::new(config, network)?))
 }
 
-fn prepare_machine() -> Result<Config, InitError> {
+fn prepare_machine() -> Result<(Config, Network), InitError> {
     enter_tmpfs()?;
     for (source, target, kind, flags, data) in MOUNTS {
         fs::create_dir_all(target).map_err(failed(format_args!("mkdir {target}")))?;
@@ -174,14 +175,15 @@ fn prepare_machine() -> Result<Config, InitError> {
     }
     oom::protect().map_err(failed("set oom_score_adj"))?;
     sys::set_rlimit(libc::RLIMIT_NOFILE, MAX_FILES, MAX_FILES).map_err(failed("RLIMIT_NOFILE"))?;
-    loopback_up().map_err(failed("bring up lo"))?;
+    let network = Network::of_machine().map_err(failed("make the network"))?;
     let cgroups = prepare_cgroups(Path::new(CGROUPS)).map_err(failed("prepare cgroups"))?;
-    Ok(Config {
+    let config = Config {
         dial: Dial::Vsock,
         share: GUEST_SHARE.into(),
         cgroups,
         machine: true,
-    })
+    };
+    Ok((config, network))
 }
 
 /// Moves from the initial ramfs to a tmpfs: pivot_root(2) refuses a root that is mounted on nothing, as the initial
@@ -226,29 +228,6 @@ fn prepare_cgroups(root: &Path) -> io::Result<PathBuf> {
         }
     }
     Ok(containers)
-}
-
-fn loopback_up() -> io::Result<()> {
-    // SAFETY: integers only.
-    let fd = unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: socket(2) has just made this descriptor for us.
-    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
-    // SAFETY: all-zero is a valid ifreq.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
-        *to = *from as libc::c_char;
-    }
-    request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
-    // SAFETY: the request reads one ifreq.
-    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) };
-    if result < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
-    }
 }
 
 /// Says why on the log, and ends the machine: a guest without its agent is of no use to anybody, and the host sees a

@@ -19,6 +19,7 @@ mod fault;
 mod init;
 mod log;
 mod mirror;
+mod network;
 mod process;
 mod reaper;
 mod sandbox;

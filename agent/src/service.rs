@@ -12,9 +12,9 @@ use husk_agent_protocol::{
         ContainerStatsRequest, ContainerStatsResponse, CreateContainerRequest, CreateContainerResponse,
         DeleteContainerRequest, Empty, Event, ExecProcessRequest, ExecProcessResponse, ListProcessesRequest,
         ListProcessesResponse, PauseContainerRequest, RemoveMirrorRequest, ResizeTerminalRequest,
-        ResumeContainerRequest, SetupRequest, SetupResponse, SignalProcessRequest, StartContainerRequest,
-        StartContainerResponse, UpdateContainerRequest, UpdateContainerResponse, UpdateMirrorRequest,
-        list_processes_response,
+        ResumeContainerRequest, SetNetworkRequest, SetNetworkResponse, SetupRequest, SetupResponse,
+        SignalProcessRequest, StartContainerRequest, StartContainerResponse, UpdateContainerRequest,
+        UpdateContainerResponse, UpdateMirrorRequest, list_processes_response,
     },
     service::Agent,
 };
@@ -102,6 +102,19 @@ async fn to_the_end<T: Send + 'static>(
 impl Agent for Service {
     async fn setup(&self, _: &TtrpcContext, request: SetupRequest) -> ttrpc::Result<SetupResponse> {
         setup::set_up(&self.sandbox, &request).map_err(|error| status(&error))
+    }
+
+    async fn set_network(
+        &self,
+        _: &TtrpcContext,
+        request: SetNetworkRequest,
+    ) -> ttrpc::Result<SetNetworkResponse> {
+        let wanted = request.network.into_option().unwrap_or_default();
+        let mut response = SetNetworkResponse::new();
+        if let Err(fault) = self.sandbox.set_network(wanted) {
+            response.failure = Some(fault.to_wire()).into();
+        }
+        Ok(response)
     }
 
     async fn create_container(

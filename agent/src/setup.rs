@@ -1,4 +1,4 @@
-//! What the host says once, before anything else: the share, the clock, entropy, the name.
+//! What the host says once, before anything else: the share, the clock, entropy, the name, the network.
 
 use std::{
     fs::{self, OpenOptions},
@@ -54,6 +54,9 @@ pub fn set_up(sandbox: &Sandbox, request: &SetupRequest) -> Result<SetupResponse
     }
     if !request.share_tag.is_empty() {
         mount_share(&request.share_tag, &sandbox.config().share).map_err(failed("mount the share"))?;
+    }
+    if let Some(network) = request.network.as_ref() {
+        sandbox.set_network(network.clone())?;
     }
     sandbox.set_up();
     let kernel = nix::sys::utsname::uname().map_err(|error| failed("uname")(error.into()))?;

@@ -17,7 +17,7 @@ use crate::{
     engine::{CgroupConfig, LocateError, Programs, Sandbox, SandboxConfig, cleanup},
     front::sizing::Host,
     guest::vm::kvm_advice,
-    host::{memory::guest_memory, pid::pidfd_open, ringlog::RingLog},
+    host::{memory::guest_memory, network::tap, pid::pidfd_open, ringlog::RingLog},
 };
 
 /// Where KVM is.
@@ -106,6 +106,7 @@ pub async fn check(options: Options) -> Report {
         item("rights", rights()),
         item(KVM, kvm(Path::new(KVM))),
         item("host kernel", host_kernel()),
+        item(tap::DEVICE, taps()),
     ];
     let config = match options.config.load() {
         Ok(config) => {
@@ -220,6 +221,17 @@ fn kvm(path: &Path) -> Found {
         format!("KVM lacks {}", missing.join(", ")),
         "use Linux 5.13 or later; within a virtual machine, one whose hypervisor offers nested virtualization",
     )
+}
+
+/// What the machine's NICs are plugged into.
+fn taps() -> Found {
+    match tap::check() {
+        Ok(()) => Ok("usable".into()),
+        Err(error) => fault(
+            format!("{}: {error}", tap::DEVICE),
+            "load the kernel's module tun (`modprobe tun`)",
+        ),
+    }
 }
 
 /// Whether the kernel has what the engine uses.
@@ -343,6 +355,7 @@ async fn boot(
             container: id.clone(),
             ..CgroupConfig::default()
         },
+        network: None,
         log: RingLog::default(),
     };
     let begin = Instant::now();

@@ -12,6 +12,7 @@ mod containerd;
 mod crash;
 mod foreground;
 mod host;
+mod network;
 mod operator;
 mod pods;
 mod programs;

@@ -222,6 +222,7 @@ mod tests {
             vcpus: 1,
             memory_mib: 64,
             kernel_params: String::new(),
+            nics: vec![],
         };
         send(&engine, &config.encode().unwrap());
         assert_eq!(control.receive_config().unwrap(), config);

@@ -4,6 +4,7 @@
 use husk_vmm_protocol::fds::vmm as table;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 /// Why the descriptors are not as they should be.
@@ -54,6 +55,8 @@ pub struct Fds {
     pub fs: OwnedFd,
     /// The streams' channel.
     pub vsock: OwnedFd,
+    /// The NICs' taps, in order.
+    pub taps: Vec<OwnedFd>,
 }
 
 #[derive(Clone, Copy)]
@@ -63,6 +66,7 @@ enum Kind {
     ReadableFile,
     SharedFile,
     NonBlockingPipe,
+    Tap,
 }
 
 impl Kind {
@@ -73,6 +77,9 @@ impl Kind {
             Self::ReadableFile => "a regular file, open for reading",
             Self::SharedFile => "a memfd, open for reading and writing",
             Self::NonBlockingPipe => "a pipe, open for writing without blocking",
+            Self::Tap => {
+                "a tap with IFF_NO_PI, IFF_VNET_HDR and headers of 12 bytes, open for reading and writing without blocking"
+            }
         }
     }
 }
@@ -97,7 +104,7 @@ pub unsafe fn take_control() -> Result<OwnedFd, FdError> {
 /// # Safety
 /// To be called once, at the start of the process, before anything else made descriptors.
 pub unsafe fn take_rest() -> Result<Fds, FdError> {
-    close_rest()?;
+    let taps = close_rest()?;
     // SAFETY: by the caller's promise nobody else owns them, and no number is taken twice.
     unsafe {
         Ok(Fds {
@@ -108,6 +115,9 @@ pub unsafe fn take_rest() -> Result<Fds, FdError> {
             console: take(table::CONSOLE, "console", Kind::NonBlockingPipe)?,
             fs: take(table::FS, "file server's channel", Kind::PacketSocket)?,
             vsock: take(table::VSOCK, "streams' channel", Kind::PacketSocket)?,
+            taps: taps
+                .map(|fd| take(fd, "tap", Kind::Tap))
+                .collect::<Result<_, _>>()?,
         })
     }
 }
@@ -160,7 +170,29 @@ fn is_kind(file: &OwnedFd, flags: i32, kind: Kind) -> bool {
         Kind::NonBlockingPipe => {
             format == libc::S_IFIFO && access == libc::O_WRONLY && flags & libc::O_NONBLOCK != 0
         }
+        Kind::Tap => {
+            format == libc::S_IFCHR
+                && access == libc::O_RDWR
+                && flags & libc::O_NONBLOCK != 0
+                && is_set_up_tap(file)
+        }
     }
+}
+
+/// Whether this is a tap, set up as the table says.
+pub(crate) fn is_set_up_tap(file: &OwnedFd) -> bool {
+    // SAFETY: all zeroes is a valid ifreq.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    let mut header = 0i32;
+    // SAFETY: the requests write an ifreq and an int, for which there is room.
+    let known = unsafe {
+        libc::ioctl(file.as_raw_fd(), libc::TUNGETIFF as _, &raw mut request) == 0
+            && libc::ioctl(file.as_raw_fd(), libc::TUNGETVNETHDRSZ as _, &raw mut header) == 0
+    };
+    // SAFETY: the kernel wrote the flags, and any bits are some.
+    let flags = i32::from(unsafe { request.ifr_ifru.ifru_flags });
+    let wanted = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    known && flags & wanted == wanted && header == table::VNET_HEADER_LEN
 }
 
 fn option(socket: &OwnedFd, name: i32) -> Option<i32> {
@@ -179,17 +211,19 @@ fn option(socket: &OwnedFd, name: i32) -> Option<i32> {
     (result == 0).then_some(value)
 }
 
-/// The engine leaves nothing open beyond the table; if the next few numbers say otherwise, it is of another version.
-fn close_rest() -> Result<(), FdError> {
-    for fd in table::END..table::END.saturating_add(8) {
-        // SAFETY: no pointers are involved.
-        if unsafe { libc::fcntl(fd, libc::F_GETFD) } >= 0 {
-            return Err(FdError::TooMany(fd));
-        }
+/// The engine leaves nothing open beyond the table, which ends with the taps that are there; if the next few numbers
+/// say otherwise, it is of another version. The numbers of the taps.
+fn close_rest() -> Result<Range<RawFd>, FdError> {
+    // SAFETY: no pointers are involved.
+    let is_open = |fd: &RawFd| unsafe { libc::fcntl(*fd, libc::F_GETFD) } >= 0;
+    let taps = (table::TAPS..table::END).take_while(is_open).count();
+    let end = table::TAPS.saturating_add(RawFd::try_from(taps).unwrap_or(table::MAX_TAPS));
+    if let Some(fd) = (end..table::END.saturating_add(8)).find(is_open) {
+        return Err(FdError::TooMany(fd));
     }
     // SAFETY: nothing in this process owns a descriptor beyond the table yet.
-    match unsafe { libc::syscall(libc::SYS_close_range, table::END, u32::MAX, 0) } {
-        0 => Ok(()),
+    match unsafe { libc::syscall(libc::SYS_close_range, end, u32::MAX, 0) } {
+        0 => Ok(table::TAPS..end),
         _ => Err(FdError::Close(io::Error::last_os_error())),
     }
 }

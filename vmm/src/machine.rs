@@ -13,9 +13,9 @@ use crate::lockdown::{self, LockdownError};
 use crate::memory::{self, Memory, MemoryError};
 use crate::virtio::device::{Device, Interrupt};
 use crate::virtio::mmio::{Transport, register};
-use crate::virtio::{console, fs, rng, vsock};
+use crate::virtio::{console, fs, net, rng, vsock};
 use crate::{info, layout};
-use husk_vmm_protocol::config::MachineConfig;
+use husk_vmm_protocol::config::{MAX_NICS, MachineConfig, NicConfig};
 use husk_vmm_protocol::control::{EndReason, Report};
 use husk_vmm_protocol::vsock::GUEST_CID;
 use kvm_bindings::{
@@ -77,6 +77,16 @@ pub enum MachineError {
         name: &'static str,
         /// The cause.
         source: io::Error,
+    },
+    /// Taps and NICs do not go together.
+    #[error(
+        "{found} taps are open, the configuration's NICs have {expected} queue pairs; shim and VMM must be of one version"
+    )]
+    Taps {
+        /// Descriptors in the table.
+        found: usize,
+        /// Queue pairs of all NICs.
+        expected: usize,
     },
     /// The CPU's leaves do not fit.
     #[error(transparent)]
@@ -148,7 +158,7 @@ pub fn run(fds: Fds, control: &Control) -> Result<End, MachineError> {
 
     let file_server = fs::watch(&fds.fs).map_err(|source| MachineError::Device { name: "fs", source })?;
     let panicked = Arc::new(AtomicBool::new(false));
-    let devices: Vec<(&'static str, Box<dyn Device>)> = vec![
+    let mut devices: Vec<(&'static str, Box<dyn Device>)> = vec![
         ("vsock", Box::new(vsock::Vsock::new(GUEST_CID, fds.vsock))),
         ("fs", Box::new(fs::Fs::new(SHARE_TAG, fds.fs))),
         (
@@ -157,6 +167,9 @@ pub fn run(fds: Fds, control: &Control) -> Result<End, MachineError> {
         ),
         ("rng", Box::new(rng::Rng::new())),
     ];
+    for nic in nics(&config.nics, fds.taps)? {
+        devices.push(("net", Box::new(nic)));
+    }
     let device_count = devices.len();
     let bus = Arc::new(plug(&vm, &guest_memory, devices)?);
 
@@ -246,6 +259,31 @@ fn create_vm(fd: OwnedFd) -> Result<(Kvm, Arc<VmFd>), MachineError> {
             .map_err(kvm_error("switching the performance counters off"))?;
     }
     Ok((kvm, Arc::new(vm)))
+}
+
+/// The most devices that a machine has: those that all have, and NICs.
+const MAX_DEVICES: usize = 4 + MAX_NICS;
+const _: () = assert!(MAX_DEVICES <= layout::VIRTIO_SLOTS);
+
+/// The NICs, each with its share of the taps.
+fn nics(configs: &[NicConfig], taps: Vec<OwnedFd>) -> Result<Vec<net::Net>, MachineError> {
+    let expected = configs.iter().map(|nic| usize::from(nic.queue_pairs)).sum();
+    if taps.len() != expected {
+        return Err(MachineError::Taps {
+            found: taps.len(),
+            expected,
+        });
+    }
+    let mut taps = taps.into_iter();
+    configs
+        .iter()
+        .enumerate()
+        .map(|(index, nic)| {
+            let taps = taps.by_ref().take(usize::from(nic.queue_pairs)).collect();
+            net::Net::new(&format!("net{index}"), nic, taps)
+                .map_err(|source| MachineError::Device { name: "net", source })
+        })
+        .collect()
 }
 
 fn check_address_bits(config: &MachineConfig, bits: u32) -> Result<(), MachineError> {

@@ -198,6 +198,7 @@ impl Vmm {
             vcpus,
             memory_mib: 64,
             kernel_params: String::new(),
+            nics: vec![],
         };
         self.send(&config.encode().unwrap());
     }
@@ -407,8 +408,15 @@ fn a_wrong_table_of_descriptors_is_refused() {
         };
         assert_fails(Vmm::start(kernel(RESET), wrong), "is not a");
     }
-    let more = |fds: &mut Fds| fds.push((table::END, file(b"").into()));
-    assert_fails(Vmm::start(kernel(RESET), more), "descriptor 11 is open");
+    // What stands where a tap can be is to be one, and there is no gap.
+    for (number, error) in [
+        (table::TAPS, "descriptor 11 (tap) is not a tap"),
+        (table::TAPS + 1, "descriptor 12 is open"),
+        (table::END, "descriptor 75 is open"),
+    ] {
+        let more = |fds: &mut Fds| fds.push((number, file(b"").into()));
+        assert_fails(Vmm::start(kernel(RESET), more), error);
+    }
 
     // Without a control socket there is nobody to tell but the log.
     let (_, log, status) = Vmm::start(kernel(RESET), missing(table::CONTROL)).finish();

@@ -25,6 +25,12 @@ pub const MAX_PROCESSES: usize = 32_768;
 /// Most bytes of cgroup files, names included, in the answer to ContainerStats.
 pub const MAX_STATS_LEN: usize = 256 << 10;
 
+/// Most NICs of a sandbox.
+pub const MAX_NICS: usize = 8;
+
+/// Most bytes of the addresses, routes, neighbours and rules of a sandbox's network.
+pub const MAX_NETWORK_LEN: usize = 2 << 20;
+
 /// Where the agent mounts the share in the guest.
 pub const GUEST_SHARE: &str = "/run/husk/share";
 

@@ -20,7 +20,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use husk_agent_protocol::limits::MAX_PROCESSES;
+use husk_agent_protocol::{limits::MAX_PROCESSES, messages};
 use tokio::sync::watch;
 
 use self::state::{Container, Phase, State};
@@ -29,6 +29,7 @@ use crate::{
     events::Events,
     fault::Fault,
     log,
+    network::Network,
     process::{launch::Report, plan::TerminalSize, terminal},
     sys,
 };
@@ -67,6 +68,7 @@ pub enum Error {
 #[derive(Debug)]
 pub struct Sandbox {
     config: Config,
+    network: Mutex<Network>,
     state: Mutex<State>,
     events: Events,
     is_set_up: watch::Sender<bool>,
@@ -80,9 +82,10 @@ impl Sandbox {
     /// # Errors
     ///
     /// The kernel lacks pidfds.
-    pub fn new(config: Config) -> io::Result<Arc<Self>> {
+    pub fn new(config: Config, network: Network) -> io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
             config,
+            network: Mutex::new(network),
             state: Mutex::default(),
             events: Events::default(),
             is_set_up: watch::Sender::new(false),
@@ -92,6 +95,12 @@ impl Sandbox {
 
     pub fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// Makes the network what `wanted` says.
+    pub fn set_network(&self, wanted: messages::Network) -> Result<(), Fault> {
+        let mut network = self.network.lock().unwrap_or_else(PoisonError::into_inner);
+        network.set(wanted)
     }
 
     pub fn events(&self) -> &Events {

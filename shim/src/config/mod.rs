@@ -45,6 +45,8 @@ pub struct Config {
     pub security: Security,
     /// Volumes.
     pub volumes: Volumes,
+    /// The sandbox's network.
+    pub network: Network,
     /// How long things may take.
     pub timeouts: Timeouts,
     /// What is logged, and where.
@@ -225,6 +227,24 @@ impl Default for Volumes {
         let pattern = |kind| Pattern::of(&format!("*/volumes/kubernetes.io~{kind}/*"));
         Self {
             watched: kinds.into_iter().filter_map(pattern).collect(),
+        }
+    }
+}
+
+/// `[network]`: the NICs of a sandbox's machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Network {
+    /// NICs beyond those that there are at the start; `None`: two if there are none, none otherwise.
+    pub spare_nics: Option<u8>,
+    /// Pairs of queues of each NIC.
+    pub queue_pairs: u8,
+}
+
+impl Default for Network {
+    fn default() -> Self {
+        Self {
+            spare_nics: None,
+            queue_pairs: 1,
         }
     }
 }

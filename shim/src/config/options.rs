@@ -2,7 +2,7 @@
 
 use std::{ops::RangeInclusive, path::PathBuf, str::FromStr, time::Duration};
 
-use husk_vmm_protocol::config::{MAX_KERNEL_PARAMS_LEN, MAX_VCPUS, MEMORY_MIB};
+use husk_vmm_protocol::config::{MAX_KERNEL_PARAMS_LEN, MAX_NICS, MAX_QUEUE_PAIRS, MAX_VCPUS, MEMORY_MIB};
 use toml::de::DeValue;
 use tracing_subscriber::filter::LevelFilter;
 
@@ -38,7 +38,7 @@ const SECONDS: RangeInclusive<u64> = 1..=3600;
 const KIB: RangeInclusive<u64> = 4..=64 << 10;
 
 /// All of them, as `configs/husk.toml` lists them.
-pub const KEYS: [Key; 24] = [
+pub const KEYS: [Key; 26] = [
     key!(machine.vcpus, |c, v| c.machine.vcpus = Some(integer(v, VCPUS)?)),
     key!(machine.memory_mib, |c, v| c.machine.memory_mib = integer(v, MIB)?),
     key!(machine.memory_overhead_mib, |c, v| c
@@ -66,6 +66,10 @@ pub const KEYS: [Key; 24] = [
         .ignored_apparmor_profiles =
         strings(v)?),
     key!(volumes.watched, |c, v| c.volumes.watched = patterns(v)?),
+    key!(network.spare_nics, |c, v| c.network.spare_nics =
+        Some(integer(v, 0..=MAX_NICS as u64)?)),
+    key!(network.queue_pairs, |c, v| c.network.queue_pairs =
+        integer(v, 1..=u64::from(MAX_QUEUE_PAIRS))?),
     key!(timeouts.boot_seconds, |c, v| c.timeouts.boot = seconds(v)?),
     key!(timeouts.call_seconds, |c, v| c.timeouts.call = seconds(v)?),
     key!(timeouts.shutdown_seconds, |c, v| c.timeouts.shutdown =

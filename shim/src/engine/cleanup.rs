@@ -76,6 +76,9 @@ pub(super) fn remove_leftovers(dir: &Path) -> io::Result<Vec<Poststop>> {
             Err(error) => result = result.and(Err(error)),
         }
     }
+    if let Some(network) = &record.network {
+        result = result.and(network.clear());
+    }
     for cgroup in &record.cgroups {
         result = result.and(cgroup.remove());
     }

@@ -88,6 +88,8 @@ impl Sandbox {
             let mut shown = self.show(&id, &root, &needs, &mut undo)?;
             self.mirror(&needs, &mut shown).await?;
             self.run_hooks(&id, Phase::CreateContainer).await?;
+            // What the hooks have wired.
+            self.parts.network.catch_up().await?;
 
             // In the guest: the container and its init process.
             self.step("streams")?;

@@ -7,6 +7,7 @@ mod control;
 mod error;
 mod hooks;
 mod mirrors;
+mod network;
 mod places;
 mod process;
 mod programs;
@@ -23,6 +24,8 @@ mod volumes;
 
 #[cfg(test)]
 mod mirrors_test;
+#[cfg(test)]
+mod network_test;
 #[cfg(test)]
 mod player_test;
 #[cfg(test)]
@@ -73,6 +76,8 @@ pub struct SandboxConfig {
     pub operator: Arc<Config>,
     /// Where its processes are on the host.
     pub cgroup: CgroupConfig,
+    /// The network namespace that its first container is to join; `None`: one of its own.
+    pub network: Option<PathBuf>,
     /// The log of the process that runs the engine, which is kept in the sandbox's directory while it is there.
     pub log: RingLog,
 }

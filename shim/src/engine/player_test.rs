@@ -64,6 +64,7 @@ pub struct Player {
     character: Character,
     calls: Arc<Mutex<Vec<String>>>,
     config: Arc<Mutex<Option<MachineConfig>>>,
+    network: tokio::sync::watch::Sender<wire::Network>,
 }
 
 impl Player {
@@ -96,6 +97,7 @@ impl Player {
             character,
             calls: Arc::default(),
             config: Arc::default(),
+            network: Default::default(),
         }
     }
 
@@ -112,6 +114,11 @@ impl Player {
     /// The calls that reached the agent.
     pub fn calls(&self) -> Vec<String> {
         self.calls.lock().unwrap().clone()
+    }
+
+    /// The network that the agent was told last.
+    pub fn network(&self) -> tokio::sync::watch::Receiver<wire::Network> {
+        self.network.subscribe()
     }
 
     /// The configuration that the VMM was given.
@@ -369,6 +376,7 @@ impl service::Agent for FakeAgent {
     ) -> ttrpc::Result<wire::SetupResponse> {
         self.called("Setup", &request.hostname);
         assert_eq!((request.share_tag.as_str(), request.entropy.len()), ("share", 64));
+        self.player.network.send_replace(request.network.unwrap());
         if self.player.character == Character::NoSetup {
             return Err(status(ttrpc::Code::INTERNAL, "no share\u{1b}[2J"));
         }
@@ -380,6 +388,25 @@ impl service::Agent for FakeAgent {
             kernel_release: "6".into(),
             ..Default::default()
         })
+    }
+
+    async fn set_network(
+        &self,
+        _: &TtrpcContext,
+        request: wire::SetNetworkRequest,
+    ) -> ttrpc::Result<wire::SetNetworkResponse> {
+        let network = request.network.unwrap();
+        let mut response = wire::SetNetworkResponse::new();
+        if network.nics.iter().any(|nic| nic.name == "broken0") {
+            response.failure = Some(wire::Failure {
+                kind: Kind::SYSTEM.into(),
+                message: "network: NIC broken0: it is broken".into(),
+                ..Default::default()
+            })
+            .into();
+        }
+        self.player.network.send_replace(network);
+        Ok(response)
     }
 
     async fn create_container(

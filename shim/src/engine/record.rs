@@ -9,7 +9,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::hooks::Poststop;
+use super::{hooks::Poststop, network::Wired};
 use crate::host::{cgroup::Trace, pid::Identity};
 
 /// Name of the record in the sandbox's directory.
@@ -38,6 +38,9 @@ pub struct Record {
     /// What is still to be run for containers.
     #[serde(default)]
     pub poststop: Vec<Poststop>,
+    /// The network namespace whose NICs are wired, if it is not the sandbox's own.
+    #[serde(default)]
+    pub network: Option<Wired>,
     /// The cgroups, those above others last.
     #[serde(default)]
     pub cgroups: Vec<Trace>,

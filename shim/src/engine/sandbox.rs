@@ -14,8 +14,8 @@ use tokio::{
 
 use super::{
     EngineError, Event, Exit, ProcessInfo, ProcessStatus, SandboxConfig, StartError, Stdio, cgroups::Cgroups,
-    error::last_words, hooks::Lives, lock, places::Places, record::Record, spec, standins::StandIns, start,
-    streams::Streams, table::Table, undo::Undo, volumes::Volumes,
+    error::last_words, hooks::Lives, lock, network::Network, places::Places, record::Record, spec,
+    standins::StandIns, start, streams::Streams, table::Table, undo::Undo, volumes::Volumes,
 };
 use crate::{
     config::Config,
@@ -64,6 +64,7 @@ pub(super) struct Parts {
     pub dir: PathBuf,
     pub machine: Arc<Machine>,
     pub agent: Arc<Agent>,
+    pub network: Network,
     pub table: Arc<Mutex<Table>>,
     pub record: Arc<Mutex<Record>>,
     pub standins: Arc<StandIns>,
@@ -191,7 +192,12 @@ impl Sandbox {
     pub async fn start_container(&self, id: &str) -> Result<(), EngineError> {
         self.table().begin_start(id)?;
         let in_hooks = self.time_of_start(id);
-        let result = self.parts.agent.start_container(id, in_hooks).await;
+        let result = async {
+            // An engine may have wired the sandbox's network since its container was made.
+            self.parts.network.catch_up().await?;
+            self.parts.agent.start_container(id, in_hooks).await
+        }
+        .await;
         self.table()
             .finish_start(id, None, result.as_ref().map(|()| None));
         if let Err(error) = result {
@@ -410,6 +416,7 @@ impl Sandbox {
         }
         parts.machine.kill();
         self.ended().await;
+        parts.network.stop().await;
         let mut undos = self.table().take_undos();
         undos.push(std::mem::take(&mut *lock(&parts.undo)));
         let undone = tokio::task::spawn_blocking(move || {

@@ -55,6 +55,7 @@ impl Stage {
             kernel_params: "quiet".into(),
             operator: Arc::default(),
             cgroup: Default::default(),
+            network: None,
             log: Default::default(),
         }
     }
@@ -68,6 +69,22 @@ impl Stage {
         // Opening the kernel's FIFO must not wait.
         let _held = self.player.hold();
         start(self.config("s"), sender, self.places.clone()).await
+    }
+
+    /// Starts one in a network namespace that is there.
+    pub async fn start_in(&self, network: PathBuf) -> Result<Arc<Sandbox>, StartError> {
+        let _held = self.player.hold();
+        let (sender, _) = unbounded_channel();
+        let network = Some(network);
+        start(
+            SandboxConfig {
+                network,
+                ..self.config("s")
+            },
+            sender,
+            self.places.clone(),
+        )
+        .await
     }
 
     pub fn request(&self, id: &str, command: &str, stdio: Stdio) -> CreateContainer {
@@ -455,7 +472,7 @@ async fn a_guest_that_is_silent_is_ended() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_start_that_fails_at_any_step_leaves_nothing() {
-    for fault in ["record", "share", "launch", "pids", "agent"] {
+    for fault in ["record", "share", "network", "launch", "pids", "agent"] {
         let mut stage = Stage::new(Character::Good);
         stage.places.fault = Some(fault);
         let (sender, _events) = unbounded_channel();

@@ -39,17 +39,17 @@ const GONE: Duration = Duration::from_secs(3);
 pub(super) struct StandIns {
     program: PathBuf,
     containers: Mutex<BTreeMap<String, Arc<StandIn>>>,
-    /// The sandbox's network namespace: that of its first container.
-    network: Mutex<Option<Namespace>>,
+    /// The sandbox's network namespace.
+    network: Namespace,
 }
 
 impl StandIns {
-    /// None yet; they will run `program`.
-    pub fn new(program: PathBuf) -> Self {
+    /// None yet; they will run `program` in the network namespace `network`.
+    pub fn new(program: PathBuf, network: Namespace) -> Self {
         Self {
             program,
             containers: Mutex::default(),
-            network: Mutex::default(),
+            network,
         }
     }
 
@@ -65,13 +65,8 @@ impl StandIns {
                 pid: standin.pid(),
             })
             .collect();
-        namespaces::plan(wanted, &neighbours, lock(&self.network).as_ref())
+        namespaces::plan(wanted, &neighbours, Some(&self.network))
             .map_err(|error| EngineError::InvalidSpec(chain(&error)))
-    }
-
-    /// The network namespace of the sandbox, once it has a container.
-    pub fn network(&self) -> io::Result<Option<Namespace>> {
-        lock(&self.network).as_ref().map(Namespace::try_clone).transpose()
     }
 
     /// The namespaces of a container's stand-in that are not this process's by nature.
@@ -126,12 +121,12 @@ struct Attendant {
 }
 
 impl Sandbox {
-    /// The network namespace of the sandbox on the host, once it has a container: the one that is wired.
+    /// The network namespace of the sandbox on the host: the one that is wired.
     ///
     /// # Errors
     /// When there are too many descriptors.
-    pub fn network(&self) -> io::Result<Option<Namespace>> {
-        self.parts.standins.network()
+    pub fn network(&self) -> io::Result<Namespace> {
+        self.parts.standins.network.try_clone()
     }
 
     /// Starts the stand-in of a container in the making. Tells its pid.
@@ -152,8 +147,6 @@ impl Sandbox {
             .await
             .map_err(|error| failed(io::Error::other(chain(&error))))?;
         let (pid, identity) = (standin.pid(), standin.identity());
-        let network = standin.namespace(Kind::Network).map_err(failed)?;
-        lock(&standins.network).get_or_insert(network);
         lock(&standins.containers).insert(id.to_owned(), standin);
         let (all, record, dir, own_id) = (
             Arc::clone(standins),

@@ -20,6 +20,7 @@ use super::{
     hooks::Lives,
     lock,
     mirrors::Mirrors,
+    network::{self, Network},
     places::Places,
     record::{self, Record},
     sandbox::{EXEC_GRACE, Ended, Parts},
@@ -114,6 +115,9 @@ pub(super) async fn start(
     // The cgroup that its processes are born in; our own moves there meanwhile.
     let cgroups = Cgroups::make(&config, &places, &path, &mut record, &mut undo).await?;
 
+    // The network, with what its NICs are plugged into.
+    let mut plugged = network::plug(&config, &places, &path, &mut record, &mut undo).await?;
+
     // The machine and its file server, side by side.
     places
         .step("launch")
@@ -128,6 +132,7 @@ pub(super) async fn start(
             kernel_params: &config.kernel_params,
             console,
             cgroup: cgroups.own(),
+            taps: std::mem::take(&mut plugged.taps),
         },
         #[cfg(test)]
         |ends| {
@@ -151,10 +156,16 @@ pub(super) async fn start(
         record.fsd = Some(machine.fsd().identity());
         places.step("pids").and_then(|()| record.save(&path))?;
         places.step("agent")?;
-        agent::connect(&machine, &hostname, config.operator.timeouts).await
+        let namespace = plugged.namespace.try_clone()?;
+        let connected =
+            agent::connect(&machine, &hostname, plugged.to_wire(), config.operator.timeouts).await?;
+        let (agent, events) = connected;
+        let agent = Arc::new(agent);
+        let network = Network::follow(plugged, Arc::clone(&agent))?;
+        io::Result::Ok((agent, events, network, namespace))
     }
     .await;
-    let (agent, guest_events) = match connected {
+    let (agent, guest_events, network, namespace) = match connected {
         Ok(connected) => connected,
         Err(error) => {
             // A machine that is gone can tell why.
@@ -176,7 +187,6 @@ pub(super) async fn start(
         }
     };
 
-    let agent = Arc::new(agent);
     let mirrors = Mirrors::new(config.operator.volumes.watched.clone(), Arc::clone(&agent));
     let table = Arc::new(Mutex::new(Table::new(events)));
     let described = Status {
@@ -209,9 +219,10 @@ pub(super) async fn start(
         dir: path,
         machine,
         agent,
+        network,
         table,
         record: Arc::new(Mutex::new(record)),
-        standins: Arc::new(StandIns::new(config.programs.standin)),
+        standins: Arc::new(StandIns::new(config.programs.standin, namespace)),
         cgroups,
         lives: Lives::default(),
         volumes: Arc::new(Volumes::new(&share, mirrors)),

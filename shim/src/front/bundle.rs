@@ -75,8 +75,30 @@ pub struct ProcessOutline {
 pub struct LinuxOutline {
     /// Where its processes are in the host's cgroups.
     pub cgroups_path: Option<String>,
+    /// What it has of its own, and what it shares.
+    #[serde(default)]
+    pub namespaces: Option<Vec<NamespaceOutline>>,
     /// What the container may use.
     pub resources: Option<ResourcesOutline>,
+}
+
+/// What the front reads of an entry of `linux.namespaces`.
+#[derive(Debug, Default, Deserialize)]
+pub struct NamespaceOutline {
+    /// Its kind.
+    #[serde(rename = "type", default)]
+    pub kind: String,
+    /// Which; none: a new one.
+    pub path: Option<PathBuf>,
+}
+
+impl LinuxOutline {
+    /// The network namespace that it is to join.
+    pub fn network(&self) -> Option<PathBuf> {
+        let mut namespaces = self.namespaces.iter().flatten();
+        let network = namespaces.find(|namespace| namespace.kind == "network")?;
+        network.path.clone().filter(|path| !path.as_os_str().is_empty())
+    }
 }
 
 /// What the front reads of `linux.resources`.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::{
-    bundle::Outline,
+    bundle::{LinuxOutline, Outline},
     log,
     options::Options,
     sizing::{Asked, Host, Size},
@@ -99,6 +99,7 @@ impl Settings {
                 limits,
                 whole: asked.whole,
             },
+            network: outline.linux.as_ref().and_then(LinuxOutline::network),
             log: log::kept(),
         }
     }

@@ -106,7 +106,12 @@ pub struct Events(ClientStreamReceiver<wire::Event>);
 ///
 /// # Errors
 /// When the machine takes no offer: `BrokenPipe` when it is gone.
-pub async fn connect(machine: &Machine, hostname: &str, timeouts: Timeouts) -> io::Result<(Agent, Events)> {
+pub async fn connect(
+    machine: &Machine,
+    hostname: &str,
+    network: wire::Network,
+    timeouts: Timeouts,
+) -> io::Result<(Agent, Events)> {
     let (own, guest) = stream_pair()?;
     machine.offer(StreamOffer::Listen(AGENT_PORT), guest).await?;
     let client = AgentClient::new(Client::new(Socket::new(Paced::new(own))));
@@ -118,6 +123,7 @@ pub async fn connect(machine: &Machine, hostname: &str, timeouts: Timeouts) -> i
         // KVM's clock gives a booted guest the host's time.
         realtime_ns: 0,
         entropy,
+        network: Some(network).into(),
         ..Default::default()
     };
     let (sender, hello) = watch::channel(None);
@@ -184,6 +190,21 @@ impl Agent {
     /// Whether a call failed because the connection broke, as it does with the machine's end.
     pub fn is_lost(&self) -> bool {
         self.lost.load(Ordering::Relaxed)
+    }
+
+    /// Makes the network of the guest's containers what `network` says.
+    ///
+    /// # Errors
+    /// What the guest could not do.
+    pub async fn set_network(&self, network: wire::Network) -> Result<(), EngineError> {
+        let request = wire::SetNetworkRequest {
+            network: Some(network).into(),
+            ..Default::default()
+        };
+        let answer = self
+            .call("SetNetwork", self.client.set_network(context(), &request))
+            .await?;
+        failed(answer.failure.into_option())
     }
 
     /// Makes a container and its init process, stopped before its exec. It joins the namespaces `joined` of other

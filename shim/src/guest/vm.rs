@@ -14,7 +14,7 @@ use std::{
 
 use husk_agent_protocol::limits::FIRST_STDIO_PORT;
 use husk_vmm_protocol::{
-    config::{CONFIG_VERSION, ConfigError, MachineConfig},
+    config::{CONFIG_VERSION, ConfigError, MachineConfig, NicConfig},
     control::{EndReason, MAX_REPORT_LEN, Report},
     fds,
     vsock::StreamOffer,
@@ -32,6 +32,7 @@ use crate::{
         cgroup::Cgroup,
         child::{self, Child, End, Program, Surroundings},
         memory::guest_memory,
+        network::Tap,
         ringlog::RingLog,
         seqpacket::Seqpacket,
         share,
@@ -48,7 +49,7 @@ const DYING: Duration = Duration::from_secs(2);
 const OFFER: Duration = Duration::from_secs(10);
 
 /// What to launch.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Launch<'a> {
     /// The programs and the guest image.
     pub programs: &'a Programs,
@@ -66,6 +67,8 @@ pub struct Launch<'a> {
     pub console: RingLog,
     /// Where the two programs are born.
     pub cgroup: Option<Arc<Cgroup>>,
+    /// What its NICs are plugged into.
+    pub taps: Vec<Tap>,
 }
 
 /// Why a machine was not launched. Nothing of it is left.
@@ -165,6 +168,14 @@ pub async fn launch(
         vcpus: launch.vcpus,
         memory_mib: launch.memory_mib,
         kernel_params: launch.kernel_params.to_owned(),
+        nics: launch
+            .taps
+            .iter()
+            .map(|tap| NicConfig {
+                mac: tap.mac,
+                queue_pairs: u8::try_from(tap.queues.len()).unwrap_or(0),
+            })
+            .collect(),
     }
     .encode()?;
     let kvm = File::options()
@@ -219,7 +230,7 @@ pub async fn launch(
         cgroup: launch.cgroup.clone(),
         ..Surroundings::default()
     };
-    let vmm = Program {
+    let mut vmm = Program {
         path: &launch.programs.vmm,
         fds: vec![
             (fds::vmm::LOG, vmm_log_end),
@@ -233,6 +244,8 @@ pub async fn launch(
             (fds::vmm::VSOCK, channel_end),
         ],
     };
+    let queues = launch.taps.into_iter().flat_map(|tap| tap.queues);
+    vmm.fds.extend((fds::vmm::TAPS..).zip(queues));
     let fsd = Program {
         path: &launch.programs.fsd,
         fds: vec![

@@ -30,7 +30,7 @@ use super::{
 };
 
 /// Lowest number for descriptors on their way to a child: above every number of a descriptor table.
-const STAGING: RawFd = 64;
+const STAGING: RawFd = 128;
 
 /// The flag of clone3(2), whose constant in libc is too narrow.
 const CLONE_INTO_CGROUP: u64 = 1 << 33;

@@ -8,6 +8,8 @@ pub mod memory;
 pub mod mirror;
 pub mod mount;
 pub mod namespaces;
+pub mod netns;
+pub mod network;
 pub mod pid;
 pub mod ringlog;
 pub mod rootfs;

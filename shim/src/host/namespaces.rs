@@ -14,6 +14,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use serde::{Deserialize, Serialize};
+
 /// `ioctl` that tells the kind of a namespace: `_IO(0xb7, 3)`.
 const NS_GET_NSTYPE: libc::c_ulong = 0xb703;
 
@@ -94,6 +96,16 @@ impl Kind {
         }
     }
 
+    /// What to do about one of the host's that is asked for, for the end of an error.
+    fn advice(self) -> &'static str {
+        match self {
+            Self::Network => {
+                "; give the container a network of its own (not Docker's --network host, ctr's --net-host or hostNetwork)"
+            }
+            _ => "",
+        }
+    }
+
     /// Whether a stand-in has one of its own. It needs no more: what it has no part in cannot be mistaken.
     pub fn is_stood_in(self) -> bool {
         matches!(self, Self::Network | Self::Ipc | Self::Uts)
@@ -101,7 +113,7 @@ impl Kind {
 }
 
 /// Which namespace it is, among those that exist at the same time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Id {
     device: u64,
     inode: u64,
@@ -196,8 +208,8 @@ pub struct Plan {
 pub enum PlanError {
     /// The host's own would be shared, since the spec asks for none.
     #[error(
-        "linux.namespaces: there is no {} namespace; the host's {} namespace cannot be shared with a microVM",
-        kind.name(), kind.name()
+        "linux.namespaces: there is no {} namespace; the host's {} namespace cannot be shared with a microVM{}",
+        kind.name(), kind.name(), kind.advice()
     )]
     HostsByAbsence {
         /// Of this kind.
@@ -205,8 +217,8 @@ pub enum PlanError {
     },
     /// The host's own, by its path.
     #[error(
-        "linux.namespaces[{index}].path: {}: the host's {} namespace cannot be shared with a microVM",
-        path.display(), kind.name()
+        "linux.namespaces[{index}].path: {}: the host's {} namespace cannot be shared with a microVM{}",
+        path.display(), kind.name(), kind.advice()
     )]
     Hosts {
         /// Where in the list.

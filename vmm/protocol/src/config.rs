@@ -18,6 +18,38 @@ pub const MEMORY_MIB: std::ops::RangeInclusive<u32> = 64..=524_288;
 /// Longest addition to the kernel's command line, in bytes.
 pub const MAX_KERNEL_PARAMS_LEN: usize = 1024;
 
+/// Most NICs of a machine.
+pub const MAX_NICS: usize = 8;
+
+/// Most queue pairs of a NIC. Each has a tap's descriptor and a thread in the VMM.
+pub const MAX_QUEUE_PAIRS: u8 = 8;
+
+/// A NIC of the machine: a virtio-net device in front of a tap.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NicConfig {
+    /// The guest's MAC address: unicast and not all zeroes.
+    pub mac: [u8; 6],
+    /// Pairs of a receive and a transmit queue, 1 to [`MAX_QUEUE_PAIRS`]; as many descriptors of the tap are in
+    /// the table (see [`crate::fds::vmm::TAPS`]).
+    pub queue_pairs: u8,
+}
+
+impl NicConfig {
+    fn check(&self, index: usize) -> Result<(), ConfigError> {
+        if self.mac == [0; 6] || self.mac.first().is_some_and(|byte| byte & 1 == 1) {
+            return Err(ConfigError::NicMac { index });
+        }
+        if self.queue_pairs == 0 || self.queue_pairs > MAX_QUEUE_PAIRS {
+            return Err(ConfigError::NicQueuePairs {
+                index,
+                queue_pairs: self.queue_pairs,
+            });
+        }
+        Ok(())
+    }
+}
+
 /// A machine to boot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -32,6 +64,9 @@ pub struct MachineConfig {
     /// operator's configuration only.
     #[serde(default)]
     pub kernel_params: String,
+    /// The machine's NICs in the order in which the guest finds them, at most [`MAX_NICS`].
+    #[serde(default)]
+    pub nics: Vec<NicConfig>,
 }
 
 /// Why a configuration message is refused.
@@ -57,6 +92,23 @@ pub enum ConfigError {
     /// Kernel parameters too long or not printable ASCII.
     #[error("the kernel parameters are longer than {MAX_KERNEL_PARAMS_LEN} bytes or not printable ASCII")]
     KernelParams,
+    /// Too many NICs.
+    #[error("{0} NICs asked for; at most {MAX_NICS} are possible")]
+    Nics(usize),
+    /// A NIC's MAC address is none that a NIC can have.
+    #[error("nics[{index}].mac is not a unicast address")]
+    NicMac {
+        /// Which NIC.
+        index: usize,
+    },
+    /// Number of queue pairs out of range.
+    #[error("nics[{index}].queue_pairs is {queue_pairs}; 1 to {MAX_QUEUE_PAIRS} are possible")]
+    NicQueuePairs {
+        /// Which NIC.
+        index: usize,
+        /// Asked for.
+        queue_pairs: u8,
+    },
 }
 
 impl MachineConfig {
@@ -100,6 +152,12 @@ impl MachineConfig {
         if params.len() > MAX_KERNEL_PARAMS_LEN || !params.iter().all(|b| (b' '..=b'~').contains(b)) {
             return Err(ConfigError::KernelParams);
         }
+        if self.nics.len() > MAX_NICS {
+            return Err(ConfigError::Nics(self.nics.len()));
+        }
+        for (index, nic) in self.nics.iter().enumerate() {
+            nic.check(index)?;
+        }
         Ok(())
     }
 }
@@ -116,8 +174,20 @@ mod tests {
             vcpus: 2,
             memory_mib: 256,
             kernel_params: "quiet".into(),
+            nics: vec![
+                NIC,
+                NicConfig {
+                    queue_pairs: 8,
+                    ..NIC
+                },
+            ],
         }
     }
+
+    const NIC: NicConfig = NicConfig {
+        mac: [2, 0x42, 0, 0, 0, 1],
+        queue_pairs: 1,
+    };
 
     #[test]
     fn round_trip() {
@@ -156,6 +226,35 @@ mod tests {
             },
             MachineConfig {
                 kernel_params: "x".repeat(1025),
+                ..machine()
+            },
+            MachineConfig {
+                nics: vec![NIC; 9],
+                ..machine()
+            },
+            MachineConfig {
+                nics: vec![NIC, NicConfig { mac: [0; 6], ..NIC }],
+                ..machine()
+            },
+            MachineConfig {
+                nics: vec![NicConfig {
+                    mac: [0xff; 6],
+                    ..NIC
+                }],
+                ..machine()
+            },
+            MachineConfig {
+                nics: vec![NicConfig {
+                    queue_pairs: 0,
+                    ..NIC
+                }],
+                ..machine()
+            },
+            MachineConfig {
+                nics: vec![NicConfig {
+                    queue_pairs: 9,
+                    ..NIC
+                }],
                 ..machine()
             },
         ] {

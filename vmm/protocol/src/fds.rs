@@ -2,6 +2,8 @@
 
 /// Descriptors of `husk-vmm`. 0 and 1 are /dev/null.
 pub mod vmm {
+    use crate::config::{MAX_NICS, MAX_QUEUE_PAIRS};
+
     /// Write end of the log: one line of UTF-8 text per record.
     pub const LOG: i32 = 2;
     /// `SOCK_SEQPACKET` to the engine: see [`crate::config`] and [`crate::control`]. Its EOF ends the VMM.
@@ -21,8 +23,21 @@ pub mod vmm {
     pub const FS: i32 = 9;
     /// `SOCK_SEQPACKET` from the engine, carrying streams for vsock: see [`crate::vsock`].
     pub const VSOCK: i32 = 10;
-    /// One past the last number.
-    pub const END: i32 = 11;
+    /// The taps, from here up without a gap: one for each queue pair of [`MachineConfig::nics`], all of the first
+    /// NIC before those of the second. Each is /dev/net/tun, opened read-write and non-blocking, attached
+    /// (TUNSETIFF) with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`, and `IFF_MULTI_QUEUE` if its NIC has several pairs,
+    /// with headers of [`VNET_HEADER_LEN`] bytes (TUNSETVNETHDRSZ). Which offloads it has (TUNSETOFFLOAD) is the
+    /// VMM's to set.
+    ///
+    /// [`MachineConfig::nics`]: crate::config::MachineConfig::nics
+    pub const TAPS: i32 = 11;
+    /// Most taps.
+    pub const MAX_TAPS: i32 = MAX_NICS as i32 * MAX_QUEUE_PAIRS as i32;
+    /// One past the last number that a tap can have.
+    pub const END: i32 = TAPS + MAX_TAPS;
+
+    /// Length in bytes of the header before each frame of a tap: `struct virtio_net_hdr_v1`.
+    pub const VNET_HEADER_LEN: i32 = 12;
 }
 
 /// Descriptors of `husk-fsd`. 0 and 1 are /dev/null.

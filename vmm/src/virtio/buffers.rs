@@ -28,6 +28,9 @@ pub enum ChainError {
     /// A device-readable descriptor after a device-writable one.
     #[error("a readable buffer follows a writable one")]
     Order,
+    /// A device-writable descriptor where the driver has something to say, or a readable one where it has not.
+    #[error("a buffer is of the wrong direction")]
+    Direction,
     /// A buffer, or a part of one, is not in guest memory.
     #[error("a buffer is not in guest memory")]
     Memory,

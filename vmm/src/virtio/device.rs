@@ -87,6 +87,9 @@ pub enum ActivateError {
     /// The device's host end is gone, as when an earlier worker of it was lost.
     #[error("the device's host end is gone")]
     HostEnd,
+    /// The device's host end does not do what the driver wants.
+    #[error("the device's host end refuses")]
+    Host(#[source] io::Error),
 }
 
 /// The line by which a device tells its driver that something happened.

@@ -7,6 +7,7 @@ pub mod fs;
 #[cfg(test)]
 pub mod guest_queue;
 pub mod mmio;
+pub mod net;
 pub mod requests;
 pub mod rng;
 pub mod vsock;

@@ -1,0 +1,308 @@
+//! The network device: frames between a tap that the engine opened and the guest, without a copy.
+//!
+//! Each pair of queues has a thread of its own. What the guest cannot take stays in the tap, where the host's kernel
+//! drops what is too much; what the tap cannot take stays in the guest.
+
+pub mod control;
+pub mod features;
+pub mod header;
+pub mod pairs;
+pub mod pieces;
+pub mod receive;
+pub mod tap;
+pub mod transmit;
+pub mod used;
+pub mod worker;
+
+#[cfg(test)]
+mod tests;
+
+use crate::virtio::device::{ActivateError, Activation, ActiveQueue, Device};
+use crate::warning;
+use crate::worker::Worker;
+use control::Control;
+use features::{negotiated_offload, offered};
+use husk_vmm_protocol::config::{MAX_QUEUE_PAIRS, NicConfig};
+use pairs::Pairs;
+use serde::{Deserialize, Serialize};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use tap::{OFFLOADS, Tap};
+use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
+use virtio_bindings::virtio_net::{VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MQ};
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_queue::QueueT;
+use worker::PairWorker;
+
+/// Places of each queue.
+const QUEUE_SIZE: u16 = 256;
+
+/// For each pair the queue to the guest and the one from it, and the queue of commands behind them all.
+const QUEUE_SIZES: [u16; 2 * MAX_QUEUE_PAIRS as usize + 1] = [QUEUE_SIZE; 2 * MAX_QUEUE_PAIRS as usize + 1];
+
+/// Queues without those that only serve several pairs.
+const ONE_PAIR: usize = 2;
+
+/// What is kept of the device across a snapshot. Frames under way are lost, as on any network.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct State {
+    /// The guest's MAC address.
+    pub mac: [u8; 6],
+    /// Pairs of queues that the device has.
+    pub queue_pairs: u8,
+    /// Pairs of them that the guest uses.
+    pub active_pairs: u8,
+}
+
+/// The network device.
+#[derive(Debug)]
+pub struct Net {
+    /// `struct virtio_net_config` up to the number of pairs: MAC address, status (not offered), pairs.
+    config: [u8; 10],
+    name: String,
+    mac: [u8; 6],
+    taps: Arc<[Tap]>,
+    /// `TUN_F_*` that the host's kernel knows.
+    offloads: u32,
+    /// Those that are set.
+    offload: u32,
+    /// Pairs in use by a guest that was saved.
+    restored_pairs: u8,
+    running: Option<Running>,
+}
+
+#[derive(Debug)]
+struct Running {
+    pairs: Arc<Pairs>,
+    workers: Vec<Worker<PairWorker>>,
+}
+
+impl Net {
+    /// The device of `config`, called `name` in the log (at most 12 bytes), in front of the queues of one tap: as
+    /// many as `config` has pairs.
+    ///
+    /// # Errors
+    /// When the number is another, or the tap takes no offloads.
+    pub fn new(name: &str, config: &NicConfig, taps: Vec<OwnedFd>) -> io::Result<Self> {
+        let state = State {
+            mac: config.mac,
+            queue_pairs: config.queue_pairs,
+            active_pairs: 1,
+        };
+        Self::restore(name, &state, taps)
+    }
+
+    /// What a copy of the device has to know.
+    pub fn save(&self) -> State {
+        let active = self.running.as_ref().map(|running| running.pairs.active());
+        State {
+            mac: self.mac,
+            queue_pairs: self.queue_pairs(),
+            active_pairs: active.map_or(self.restored_pairs, |pairs| u8::try_from(pairs).unwrap_or(1)),
+        }
+    }
+
+    /// A copy of a saved device; see [`new`](Self::new).
+    ///
+    /// # Errors
+    /// As of [`new`](Self::new), and when the state is none that a device can have.
+    pub fn restore(name: &str, state: &State, taps: Vec<OwnedFd>) -> io::Result<Self> {
+        let pairs = usize::from(state.queue_pairs);
+        if taps.len() != pairs
+            || !(1..=MAX_QUEUE_PAIRS).contains(&state.queue_pairs)
+            || !(1..=state.queue_pairs).contains(&state.active_pairs)
+        {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!(
+                    "{pairs} queue pairs, {} of them in use, do not go with {} descriptors of a tap",
+                    state.active_pairs,
+                    taps.len()
+                ),
+            ));
+        }
+        let taps: Arc<[Tap]> = taps.into_iter().map(Tap::new).collect();
+        let offloads = best_offload(&taps)?;
+        let mut config = [0; 10];
+        let (mac, rest) = config.split_at_mut(6);
+        mac.copy_from_slice(&state.mac);
+        if let [_, _, low, _] = rest {
+            *low = state.queue_pairs;
+        }
+        Ok(Self {
+            config,
+            name: name.to_owned(),
+            mac: state.mac,
+            taps,
+            offloads,
+            offload: offloads,
+            restored_pairs: state.active_pairs,
+            running: None,
+        })
+    }
+
+    fn queue_pairs(&self) -> u8 {
+        u8::try_from(self.taps.len()).unwrap_or(MAX_QUEUE_PAIRS)
+    }
+
+    /// Has the host's kernel do for frames to the guest what the guest does not do itself.
+    fn set_offload(&mut self, offload: u32) -> io::Result<()> {
+        if offload == self.offload {
+            return Ok(());
+        }
+        // The queues are those of one tap, which has its offloads as a whole.
+        if let Some(tap) = self.taps.first() {
+            tap.set_offload(offload)?;
+        }
+        self.offload = offload;
+        // What came before is as it was wanted then.
+        self.taps.iter().for_each(Tap::drain);
+        Ok(())
+    }
+}
+
+/// Sets and returns the first of [`OFFLOADS`] that the host's kernel knows.
+fn best_offload(taps: &[Tap]) -> io::Result<u32> {
+    let Some(tap) = taps.first() else { return Ok(0) };
+    let mut refused = io::ErrorKind::InvalidInput.into();
+    for offload in OFFLOADS {
+        match tap.set_offload(offload) {
+            Ok(()) => return Ok(offload),
+            Err(e) => refused = e,
+        }
+    }
+    Err(refused)
+}
+
+impl Device for Net {
+    fn kind(&self) -> u32 {
+        VIRTIO_ID_NET
+    }
+
+    fn queue_max_sizes(&self) -> &'static [u16] {
+        let pairs = self.taps.len();
+        let count = match pairs {
+            1 => ONE_PAIR,
+            _ => pairs.saturating_mul(2).saturating_add(1),
+        };
+        QUEUE_SIZES.get(..count).unwrap_or(&QUEUE_SIZES)
+    }
+
+    fn features(&self) -> u64 {
+        offered(self.offloads, self.taps.len() > 1)
+    }
+
+    fn config(&self) -> &[u8] {
+        // Without VIRTIO_NET_F_MQ there are no pairs to tell of.
+        let length = if self.taps.len() > 1 { 10 } else { 6 };
+        self.config.get(..length).unwrap_or(&self.config)
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        if self.running.is_some() {
+            return Err(ActivateError::Active);
+        }
+        let features = activation.features & (self.features() | 1 << VIRTIO_RING_F_EVENT_IDX);
+        self.set_offload(negotiated_offload(features, self.offloads))
+            .map_err(ActivateError::Host)?;
+        let several = features & (1 << VIRTIO_NET_F_MQ) != 0 && features & (1 << VIRTIO_NET_F_CTRL_VQ) != 0;
+        let Sorted { mut pairs, control } = sort(
+            activation.queues,
+            if several { self.taps.len() } else { 1 },
+            features,
+        )?;
+        let shared = Arc::new(
+            Pairs::new(
+                Arc::clone(&self.taps),
+                pairs.len(),
+                usize::from(self.restored_pairs),
+            )
+            .map_err(ActivateError::Worker)?,
+        );
+        self.restored_pairs = 1;
+        let mut control = control.map(|queue| {
+            Control::new(
+                queue,
+                activation.memory.clone(),
+                activation.interrupt.clone(),
+                several.then(|| Arc::clone(&shared)),
+            )
+        });
+        let mut workers = Vec::with_capacity(pairs.len());
+        for (index, [receive, transmit]) in pairs.drain(..).enumerate() {
+            let worker = PairWorker::new(
+                Arc::clone(&shared),
+                index,
+                activation.memory.clone(),
+                [receive, transmit],
+                control.take(),
+                activation.interrupt.clone(),
+                features,
+            );
+            // Those that were started before end when this returns.
+            let worker =
+                Worker::spawn(&format!("{}.{index}", self.name), worker).map_err(ActivateError::Worker)?;
+            workers.push(worker);
+        }
+        self.running = Some(Running {
+            pairs: shared,
+            workers,
+        });
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        let Some(running) = self.running.take() else {
+            return;
+        };
+        for worker in running.workers {
+            worker.stop();
+        }
+        // Frames that come until the next driver is there may be of any kind; it is asked again then.
+        if let Err(e) = self.set_offload(self.offloads) {
+            warning!("{}: the offloads cannot be set: {e}", self.name);
+        }
+    }
+}
+
+/// The queues by what they are for.
+struct Sorted {
+    /// Receive and transmit queue of each pair that can be used.
+    pairs: Vec<[ActiveQueue; 2]>,
+    control: Option<ActiveQueue>,
+}
+
+/// Of `queues` those of the first pairs, up to `wanted` and up to the first that the driver left out; there must be
+/// one.
+fn sort(queues: Vec<ActiveQueue>, wanted: usize, features: u64) -> Result<Sorted, ActivateError> {
+    let event_idx = features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
+    let mut queues = queues.into_iter().map(|mut queue| {
+        queue.queue.set_event_idx(event_idx);
+        queue
+    });
+    let mut pairs = Vec::with_capacity(wanted);
+    let mut complete = true;
+    for number in 0..wanted {
+        let (Some(receive), Some(transmit)) = (queues.next(), queues.next()) else {
+            break;
+        };
+        for (queue, place) in [(&receive, 0), (&transmit, 1)] {
+            complete &= queue.queue.ready();
+            if !complete && number == 0 {
+                return Err(ActivateError::QueueMissing(place));
+            }
+        }
+        if complete {
+            pairs.push([receive, transmit]);
+        }
+    }
+    if pairs.is_empty() {
+        return Err(ActivateError::QueueMissing(0));
+    }
+    let control = queues
+        .next()
+        .filter(|queue| features & (1 << VIRTIO_NET_F_CTRL_VQ) != 0 && queue.queue.ready());
+    Ok(Sorted { pairs, control })
+}
