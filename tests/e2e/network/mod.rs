@@ -1,6 +1,7 @@
 //! The sandbox's network: what a container sees of the NICs in its network namespace, and what passes through them.
 
 mod late;
+mod localhost;
 mod looks;
 mod refusals;
 mod traffic;
