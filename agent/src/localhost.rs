@@ -63,3 +63,7 @@ async fn server(port: u16, ipv6_first: bool) -> io::Result<TcpStream> {
     }
     Err(refused.unwrap_or_else(|| io::ErrorKind::ConnectionRefused.into()))
 }
+
+#[cfg(test)]
+#[path = "localhost_test.rs"]
+mod tests;

@@ -170,9 +170,10 @@ fn the_dns_server_on_loopback_of_the_network_namespace_is_the_containers() {
     }
 }
 
-/// Docker writes the file when a network is connected, which may be after the container was made.
+/// As Docker's does when it connects a network. A DNS server of the container's own, on all addresses, does not stand in
+/// the way.
 #[test]
-fn a_resolv_conf_that_changes_before_the_start_counts() {
+fn a_resolv_conf_that_a_hook_writes_counts() {
     let netns = Netns::new("husk-dns-late");
     dns_server(&netns);
     let id = "dns-late";
@@ -182,7 +183,6 @@ fn a_resolv_conf_that_changes_before_the_start_counts() {
     bundle.mount(json!({
         "destination": "/etc/resolv.conf", "type": "bind", "source": resolv_conf, "options": ["rbind", "rw"],
     }));
-    // A server of its own on all addresses does not stand in the way.
     bundle.spec["process"]["args"] = json!(["sh", "-c", "socat UDP4-RECVFROM:53,fork EXEC:cat & sleep 1000"]);
     let write = format!("echo nameserver 127.0.0.11 > {}", resolv_conf.display());
     let hook = json!([{"path": "/bin/sh", "args": ["sh", "-c", write]}]);
