@@ -13,10 +13,12 @@
 mod bpf;
 mod container;
 mod dial;
+mod dns;
 mod document;
 mod events;
 mod fault;
 mod init;
+mod localhost;
 mod log;
 mod mirror;
 mod network;

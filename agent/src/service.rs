@@ -9,8 +9,9 @@ use async_trait::async_trait;
 use husk_agent_protocol::{
     limits::{MAX_MESSAGE_LEN, MAX_SPEC_LEN, is_valid_id},
     messages::{
-        ContainerStatsRequest, ContainerStatsResponse, CreateContainerRequest, CreateContainerResponse,
-        DeleteContainerRequest, Empty, Event, ExecProcessRequest, ExecProcessResponse, ListProcessesRequest,
+        ConnectLocalhostRequest, ConnectLocalhostResponse, ContainerStatsRequest, ContainerStatsResponse,
+        CreateContainerRequest, CreateContainerResponse, DeleteContainerRequest, Empty, Event,
+        ExecProcessRequest, ExecProcessResponse, ForwardDnsRequest, ForwardDnsResponse, ListProcessesRequest,
         ListProcessesResponse, PauseContainerRequest, RemoveMirrorRequest, ResizeTerminalRequest,
         ResumeContainerRequest, SetNetworkRequest, SetNetworkResponse, SetupRequest, SetupResponse,
         SignalProcessRequest, StartContainerRequest, StartContainerResponse, UpdateContainerRequest,
@@ -25,8 +26,9 @@ use ttrpc::{
 };
 
 use crate::{
+    dns,
     fault::cut,
-    init, log,
+    init, localhost, log,
     process::plan::TerminalSize,
     sandbox::{Error, Sandbox},
     setup,
@@ -292,6 +294,30 @@ impl Agent for Service {
     async fn remove_mirror(&self, _: &TtrpcContext, request: RemoveMirrorRequest) -> ttrpc::Result<Empty> {
         self.sandbox.remove_mirror(request.volume);
         Ok(Empty::new())
+    }
+
+    async fn connect_localhost(
+        &self,
+        _: &TtrpcContext,
+        request: ConnectLocalhostRequest,
+    ) -> ttrpc::Result<ConnectLocalhostResponse> {
+        let connected = localhost::connect(&self.sandbox.config().dial, &request).await;
+        Ok(ConnectLocalhostResponse {
+            failure: connected.err().map(|fault| fault.to_wire()).into(),
+            ..Default::default()
+        })
+    }
+
+    async fn forward_dns(
+        &self,
+        _: &TtrpcContext,
+        request: ForwardDnsRequest,
+    ) -> ttrpc::Result<ForwardDnsResponse> {
+        let forwarded = dns::forward(&self.sandbox.config().dial, &request).await;
+        Ok(ForwardDnsResponse {
+            failure: forwarded.err().map(|fault| fault.to_wire()).into(),
+            ..Default::default()
+        })
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {

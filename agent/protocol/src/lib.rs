@@ -1,7 +1,8 @@
 //! The wire between the host and husk-agent, used by both sides: the ttrpc service `husk.agent.v1.Agent`
-//! (generated from `proto/agent.proto`, which documents it), the limits that both sides hold to and the words that the
-//! agent knows.
+//! (generated from `proto/agent.proto`, which documents it), the limits that both sides hold to, the words that the
+//! agent knows and the framing of DNS messages.
 
+pub mod dns;
 pub mod features;
 pub mod limits;
 

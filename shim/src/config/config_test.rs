@@ -85,6 +85,8 @@ fn each_option_changes_something_of_its_own() {
         ("cgroup.limits", "false"),
         ("security.ignored_apparmor_profiles", "[]"),
         ("volumes.watched", "[\"/srv/*\"]"),
+        ("network.spare_nics", "3"),
+        ("network.queue_pairs", "2"),
         ("timeouts.boot_seconds", "1"),
         ("timeouts.call_seconds", "1"),
         ("timeouts.shutdown_seconds", "1"),

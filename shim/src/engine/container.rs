@@ -90,6 +90,8 @@ impl Sandbox {
             self.run_hooks(&id, Phase::CreateContainer).await?;
             // What the hooks have wired.
             self.parts.network.catch_up().await?;
+            let resolv_conf = needs.resolv_conf.as_deref();
+            self.parts.localhost.resolve_by(&id, resolv_conf, &mut undo).await;
 
             // In the guest: the container and its init process.
             self.step("streams")?;

@@ -6,6 +6,7 @@ mod container;
 mod control;
 mod error;
 mod hooks;
+mod localhost;
 mod mirrors;
 mod network;
 mod places;

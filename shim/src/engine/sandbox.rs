@@ -14,8 +14,9 @@ use tokio::{
 
 use super::{
     EngineError, Event, Exit, ProcessInfo, ProcessStatus, SandboxConfig, StartError, Stdio, cgroups::Cgroups,
-    error::last_words, hooks::Lives, lock, network::Network, places::Places, record::Record, spec,
-    standins::StandIns, start, streams::Streams, table::Table, undo::Undo, volumes::Volumes,
+    error::last_words, hooks::Lives, localhost::Localhost, lock, network::Network, places::Places,
+    record::Record, spec, standins::StandIns, start, streams::Streams, table::Table, undo::Undo,
+    volumes::Volumes,
 };
 use crate::{
     config::Config,
@@ -65,6 +66,7 @@ pub(super) struct Parts {
     pub machine: Arc<Machine>,
     pub agent: Arc<Agent>,
     pub network: Network,
+    pub localhost: Localhost,
     pub table: Arc<Mutex<Table>>,
     pub record: Arc<Mutex<Record>>,
     pub standins: Arc<StandIns>,
@@ -195,6 +197,7 @@ impl Sandbox {
         let result = async {
             // An engine may have wired the sandbox's network since its container was made.
             self.parts.network.catch_up().await?;
+            self.parts.localhost.look(id).await;
             self.parts.agent.start_container(id, in_hooks).await
         }
         .await;
@@ -416,6 +419,7 @@ impl Sandbox {
         }
         parts.machine.kill();
         self.ended().await;
+        parts.localhost.stop().await;
         parts.network.stop().await;
         let mut undos = self.table().take_undos();
         undos.push(std::mem::take(&mut *lock(&parts.undo)));

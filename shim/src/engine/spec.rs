@@ -17,6 +17,9 @@ use crate::host::{
     volume::Volume,
 };
 
+/// Where a container's resolver finds its nameservers.
+const RESOLV_CONF: &str = "/etc/resolv.conf";
+
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Config {
@@ -98,6 +101,8 @@ struct Root {
 
 #[derive(Deserialize)]
 struct Mount {
+    #[serde(default)]
+    destination: PathBuf,
     #[serde(rename = "type", default)]
     kind: String,
     source: Option<PathBuf>,
@@ -114,6 +119,8 @@ pub struct Spec {
     pub root: PathBuf,
     /// The bind mounts.
     pub volumes: Vec<Volume>,
+    /// The file that is the container's `/etc/resolv.conf`, if it is a bind mount.
+    pub resolv_conf: Option<PathBuf>,
     /// The hooks that run on the host.
     pub hooks: Hooks,
     /// `linux.namespaces`.
@@ -167,16 +174,25 @@ impl Spec {
             .enumerate()
             .map(|(index, namespace)| namespace.into_wanted(index))
             .collect::<Result<_, _>>()?;
-        let volumes = config
+        let resolv_conf = config
+            .mounts
+            .iter()
+            .rposition(|mount| mount.is_bind() && mount.destination == Path::new(RESOLV_CONF));
+        let volumes: Vec<Volume> = config
             .mounts
             .into_iter()
             .enumerate()
             .filter(|(_, mount)| mount.is_bind())
             .map(|(index, mount)| mount.into_volume(index, bundle, &linux))
             .collect::<Result<_, _>>()?;
+        let resolv_conf = volumes
+            .iter()
+            .find(|volume| resolv_conf.is_some_and(|index| u32::try_from(index) == Ok(volume.index)))
+            .map(|volume| volume.source.clone());
         Ok(Self {
             root: bundle.join(root.path),
             volumes,
+            resolv_conf,
             hooks,
             namespaces,
             cgroups_path,
@@ -357,6 +373,24 @@ mod tests {
     fn read(json: &str) -> Result<Spec, String> {
         Spec::read(json.as_bytes(), Path::new("/b"), false, &Security::default())
             .map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn the_resolvers_file_is_the_mount_that_is_seen() {
+        let resolv_conf = |mounts: &str| {
+            let json =
+                format!(r#"{{"process":{{"args":["sh"]}},"root":{{"path":"r"}},"mounts":[{mounts}]}}"#);
+            read(&json).unwrap().resolv_conf
+        };
+        let bind = |destination: &str, source: &str| {
+            format!(r#"{{"destination":"{destination}","type":"bind","source":"{source}"}}"#)
+        };
+        let other = bind("/etc/hosts", "/h/hosts");
+        assert_eq!(resolv_conf(&other), None);
+        let one = bind("/etc/resolv.conf", "/h/a");
+        assert_eq!(resolv_conf(&format!("{other},{one}")), Some("/h/a".into()));
+        let two = bind("/etc//resolv.conf/", "b");
+        assert_eq!(resolv_conf(&format!("{one},{two},{other}")), Some("/b/b".into()));
     }
 
     #[test]

@@ -18,6 +18,7 @@ use super::{
     cgroups::{Cgroups, explain},
     cleanup::remove_leftovers,
     hooks::Lives,
+    localhost::Localhost,
     lock,
     mirrors::Mirrors,
     network::{self, Network},
@@ -161,11 +162,12 @@ pub(super) async fn start(
             agent::connect(&machine, &hostname, plugged.to_wire(), config.operator.timeouts).await?;
         let (agent, events) = connected;
         let agent = Arc::new(agent);
+        let localhost = Localhost::open(plugged.namespace.try_clone()?, &machine, &agent);
         let network = Network::follow(plugged, Arc::clone(&agent))?;
-        io::Result::Ok((agent, events, network, namespace))
+        io::Result::Ok((agent, events, network, localhost, namespace))
     }
     .await;
-    let (agent, guest_events, network, namespace) = match connected {
+    let (agent, guest_events, network, localhost, namespace) = match connected {
         Ok(connected) => connected,
         Err(error) => {
             // A machine that is gone can tell why.
@@ -220,6 +222,7 @@ pub(super) async fn start(
         machine,
         agent,
         network,
+        localhost,
         table,
         record: Arc::new(Mutex::new(record)),
         standins: Arc::new(StandIns::new(config.programs.standin, namespace)),

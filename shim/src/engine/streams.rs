@@ -131,7 +131,11 @@ fn handle(name: &str, fd: OwnedFd) -> Result<Handle, EngineError> {
     })
 }
 
-async fn offer(machine: &Machine) -> Result<(u32, tokio::net::UnixStream), EngineError> {
+/// Offers the guest a stream: the port that the agent is to dial, and our end.
+///
+/// # Errors
+/// When the machine takes no offer.
+pub(super) async fn offer(machine: &Machine) -> Result<(u32, tokio::net::UnixStream), EngineError> {
     let error = |source| EngineError::Host {
         what: "cannot offer a stream to the guest".into(),
         source,

@@ -4,6 +4,7 @@ use std::{
     collections::BTreeMap,
     future::Future,
     io,
+    net::Ipv4Addr,
     path::Path,
     sync::atomic::{AtomicBool, Ordering},
     time::Duration,
@@ -447,6 +448,47 @@ impl Agent {
                 _ => Err(nonsense("an exec id that cannot be one")),
             })
             .collect()
+    }
+
+    /// Joins a stream to a port of loopback in the guest: the one that the agent finds at `stream_port`.
+    ///
+    /// # Errors
+    /// When nobody listens there.
+    pub async fn connect_localhost(
+        &self,
+        tcp_port: u16,
+        ipv6_first: bool,
+        stream_port: u32,
+    ) -> Result<(), EngineError> {
+        let request = wire::ConnectLocalhostRequest {
+            tcp_port: tcp_port.into(),
+            ipv6_first,
+            stream_port,
+            ..Default::default()
+        };
+        let answer = self
+            .call(
+                "ConnectLocalhost",
+                self.client.connect_localhost(context(), &request),
+            )
+            .await?;
+        failed(answer.failure.into_option())
+    }
+
+    /// Has DNS queries to an address of loopback sent over the stream that the agent finds at `stream_port`.
+    ///
+    /// # Errors
+    /// What the guest could not do.
+    pub async fn forward_dns(&self, server: Ipv4Addr, stream_port: u32) -> Result<(), EngineError> {
+        let request = wire::ForwardDnsRequest {
+            address: server.octets().to_vec(),
+            stream_port,
+            ..Default::default()
+        };
+        let answer = self
+            .call("ForwardDns", self.client.forward_dns(context(), &request))
+            .await?;
+        failed(answer.failure.into_option())
     }
 
     /// Removes a container in the guest. One that is not there is fine.

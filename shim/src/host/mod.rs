@@ -2,8 +2,10 @@
 
 pub mod cgroup;
 pub mod child;
+pub mod dns;
 pub mod hooks;
 pub mod idmap;
+pub mod localhost;
 pub mod memory;
 pub mod mirror;
 pub mod mount;

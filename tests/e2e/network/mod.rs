@@ -1,6 +1,7 @@
 //! The sandbox's network: what a container sees of the NICs in its network namespace, and what passes through them.
 
 mod late;
+mod localhost;
 mod looks;
 mod refusals;
 mod traffic;
@@ -114,11 +115,13 @@ impl Container {
             config.to_str().unwrap(),
             id,
         ];
-        run(&argv).expect_code(0);
-        Self {
+        // What is left of it is removed when its start fails, too.
+        let this = Self {
             id: id.to_owned(),
             _bundle: bundle,
-        }
+        };
+        run(&argv).expect_code(0);
+        this
     }
 
     pub fn exec(&self, script: &str) -> Finished {
