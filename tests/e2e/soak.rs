@@ -33,11 +33,13 @@ fn containers_come_and_go() {
     eprintln!("{count} containers, seed {seed}");
     // Eight machines that share an emulated host's processor take their time.
     let config = Config::at(DEFAULT, "[timeouts]\nboot_seconds = 500\ncall_seconds = 500\n");
+    let census = Census::take();
     // What is opened once and kept is not what this is about.
     for (kind, life) in LIVES.iter().enumerate() {
         life(&format!("soak-first-{kind}"), &mut Dice(seed));
     }
-    let (census, stock, log) = (Census::take(), Stock::take(), ContainerdLog::from_now());
+    census.assert_unchanged();
+    let (stock, log) = (Stock::take(), ContainerdLog::from_now());
     let next = AtomicUsize::new(0);
     thread::scope(|scope| {
         for _ in 0..AT_ONCE {
