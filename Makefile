@@ -89,8 +89,8 @@ e2e: build e2e-programs ## the end-to-end suites, under containerd 1.7 and 2.1
 	@tests/run-e2e $(TESTS)
 
 .PHONY: test-long
-test-long: build e2e-programs ## what takes longer: two processors, a gigabyte of output, the kernel built twice
-	HUSK_TEST_FLOOD_MB=1024 HUSK_CLOCK=smp tests/run-e2e
+test-long: build e2e-programs ## what takes longer: two processors, a gigabyte of output, 200 containers, the kernel built twice
+	HUSK_TEST_FLOOD_MB=1024 HUSK_TEST_SOAK=200 HUSK_CLOCK=smp tests/run-e2e
 	guest-image/build-kernel --check-reproducible
 
 .PHONY: bench-program

@@ -134,7 +134,12 @@ impl Running {
     /// Waits until the standard output has `text` in it.
     #[track_caller]
     pub fn wait_for(&mut self, text: &str) {
-        let end = Instant::now() + DEADLINE;
+        self.wait_for_within(DEADLINE, text);
+    }
+
+    #[track_caller]
+    pub fn wait_for_within(&mut self, deadline: Duration, text: &str) {
+        let end = Instant::now() + deadline;
         while !String::from_utf8_lossy(&self.seen).contains(text) {
             let left = end.saturating_duration_since(Instant::now());
             match self.stdout.recv_timeout(left) {

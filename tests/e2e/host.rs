@@ -79,7 +79,7 @@ pub fn restart_containerd() {
         let log = fs::OpenOptions::new()
             .create(true)
             .append(true)
-            .open("/var/log/containerd.log")
+            .open(CONTAINERD_LOG)
             .unwrap();
         Command::new("setsid")
             .args(["--fork", "containerd"])
@@ -94,10 +94,41 @@ pub fn restart_containerd() {
     });
 }
 
+/// What containerd, and the shims through it, log from here on.
+pub struct ContainerdLog {
+    /// Length of the log's file, or seconds since 1970 for the journal.
+    since: u64,
+}
+
+const CONTAINERD_LOG: &str = "/var/log/containerd.log";
+
+impl ContainerdLog {
+    pub fn from_now() -> Self {
+        let since = match fs::metadata(CONTAINERD_LOG) {
+            Ok(file) => file.len(),
+            Err(_) => std::time::UNIX_EPOCH.elapsed().unwrap().as_secs(),
+        };
+        Self { since }
+    }
+
+    pub fn read(&self) -> String {
+        let bytes = match fs::read(CONTAINERD_LOG) {
+            Ok(all) => all.get(self.since as usize..).unwrap_or(&all).to_vec(),
+            Err(_) => {
+                let since = format!("--since=@{}", self.since);
+                run(&["journalctl", "-q", "-u", "containerd", "-o", "cat", &since])
+                    .expect_code(0)
+                    .stdout
+            }
+        };
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+}
+
 /// Shows what the engine and the kernel said last: called when something failed.
 pub fn print_logs() {
     for (title, argv) in [
-        ("containerd", vec!["tail", "-n", "60", "/var/log/containerd.log"]),
+        ("containerd", vec!["tail", "-n", "60", CONTAINERD_LOG]),
         ("kernel", vec!["sh", "-c", "dmesg | tail -n 15"]),
         (
             "processes",

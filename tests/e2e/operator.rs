@@ -10,13 +10,13 @@ use crate::command::{Finished, Input, Running, eventually, ok, run};
 use crate::containerd::{BUSYBOX, Detached, RUNTIME};
 use crate::foreground::Bundle;
 
-const DEFAULT: &str = "/etc/husk/husk.toml";
+pub const DEFAULT: &str = "/etc/husk/husk.toml";
 
 /// A configuration file that is there for the length of a test.
-struct Config(PathBuf);
+pub struct Config(PathBuf);
 
 impl Config {
-    fn at(path: &str, text: &str) -> Self {
+    pub fn at(path: &str, text: &str) -> Self {
         let path = PathBuf::from(path);
         assert!(!path.exists(), "{} is somebody's", path.display());
         fs::create_dir_all(path.parent().unwrap()).unwrap();

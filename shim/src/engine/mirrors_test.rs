@@ -109,6 +109,7 @@ async fn what_cannot_be_mirrored_is_shared() {
         soon(sandbox.create(request(&stage, id, volume, &options)))
             .await
             .unwrap();
+        soon(sandbox.delete_container(id)).await.unwrap();
     }
     soon(sandbox.shutdown()).await;
     assert!(
