@@ -14,6 +14,7 @@ use std::{
 
 use tokio::{
     net::UnixStream,
+    sync::oneshot,
     task::{AbortHandle, JoinHandle},
 };
 
@@ -35,11 +36,18 @@ const LONGEST: u64 = 64 << 10;
 pub(super) struct Localhost {
     namespace: Arc<Namespace>,
     way: Way,
-    connections: Mutex<Option<JoinHandle<()>>>,
+    connections: Mutex<Option<Carrying>>,
     /// The servers whose queries are forwarded; `None` while that is being arranged.
     servers: Mutex<BTreeMap<Ipv4Addr, Option<AbortHandle>>>,
     /// The files that are the containers' `/etc/resolv.conf`.
     resolv_confs: Arc<Mutex<BTreeMap<String, PathBuf>>>,
+}
+
+/// What carries connections.
+#[derive(Debug)]
+struct Carrying {
+    stop: oneshot::Sender<()>,
+    task: JoinHandle<()>,
 }
 
 /// How streams get to the guest.
@@ -73,7 +81,11 @@ impl Localhost {
             agent: Arc::clone(agent),
         };
         let connections = match Taken::take(&namespace) {
-            Ok(taken) => Some(tokio::spawn(taken.carry(way.clone()))),
+            Ok(taken) => {
+                let (stop, stopped) = oneshot::channel();
+                let task = tokio::spawn(taken.carry(way.clone(), stopped));
+                Some(Carrying { stop, task })
+            }
             Err(error) => {
                 tracing::warn!(
                     %error,
@@ -158,20 +170,20 @@ impl Localhost {
         Ok(serving.abort_handle())
     }
 
-    /// Lets go of localhost. Connections end; nothing is left in the namespace when this returns.
+    /// Lets go of localhost: when this returns, no listener and no connection of it is left in the namespace.
     pub async fn stop(&self) {
-        self.abort();
+        self.stop_forwarding();
         let connections = lock(&self.connections).take();
-        if let Some(connections) = connections {
-            // That it was aborted is no news.
-            let _ = connections.await;
+        if let Some(Carrying { stop, task }) = connections {
+            // It may have ended already.
+            let _ = stop.send(());
+            if let Err(error) = task.await {
+                tracing::error!(%error, "connections to localhost were not carried to their end");
+            }
         }
     }
 
-    fn abort(&self) {
-        if let Some(connections) = &*lock(&self.connections) {
-            connections.abort();
-        }
+    fn stop_forwarding(&self) {
         for forwarding in std::mem::take(&mut *lock(&self.servers)).into_values().flatten() {
             forwarding.abort();
         }
@@ -180,7 +192,8 @@ impl Localhost {
 
 impl Drop for Localhost {
     fn drop(&mut self) {
-        self.abort();
+        self.stop_forwarding();
+        // With its sender the task ends, if it has not.
     }
 }
 

@@ -12,6 +12,7 @@ use std::{
     time::Duration,
 };
 
+use futures::future::select_all;
 use husk_sk_lookup::{Lookup, Protocol, Rule};
 use tokio::{
     io::copy_bidirectional_with_sizes,
@@ -76,6 +77,9 @@ impl Localhost {
                     Err(error) => return Err(error),
                 }
             }
+            if listeners.is_empty() {
+                return Err(io::Error::from_raw_os_error(libc::EAFNOSUPPORT));
+            }
             Ok(listeners)
         })?;
         let mut rules = Vec::new();
@@ -95,16 +99,49 @@ impl Localhost {
         })
     }
 
-    /// Carries connections to `guest`, until dropped; the connections end with it.
-    pub async fn carry(self, guest: impl Guest) {
+    /// Carries connections to `guest` until `stop` is ready. When this returns, all of it is gone from the namespace.
+    /// Dropped, it goes too, but later.
+    pub async fn carry(self, guest: impl Guest, stop: impl Future) {
+        let Self { _lookup, listeners } = self;
         let guest = Arc::new(guest);
         let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-        let mut all = JoinSet::new();
-        for listener in self.listeners {
-            all.spawn(accept(listener, Arc::clone(&guest), Arc::clone(&places)));
+        let mut connections = JoinSet::new();
+        let accepting = async {
+            loop {
+                let Ok(place) = Arc::clone(&places).acquire_owned().await else {
+                    return;
+                };
+                match accept(&listeners).await {
+                    Ok(client) => {
+                        let guest = Arc::clone(&guest);
+                        connections.spawn(async move {
+                            let _place = place;
+                            carry(client, guest).await;
+                        });
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+                    Err(error) => {
+                        tracing::warn!(%error, "a connection to localhost cannot be accepted");
+                        sleep(PAUSE).await;
+                    }
+                }
+                while connections.try_join_next().is_some() {}
+            }
+        };
+        tokio::select! {
+            _ = stop => {}
+            () = accepting => {}
         }
-        while all.join_next().await.is_some() {}
+        drop((_lookup, listeners));
+        connections.shutdown().await;
     }
+}
+
+/// The next connection of any listener.
+async fn accept(listeners: &[TcpListener]) -> io::Result<TcpStream> {
+    let accepted = listeners.iter().map(|listener| Box::pin(listener.accept()));
+    let (accepted, _, _) = select_all(accepted).await;
+    accepted.map(|(client, _)| client)
 }
 
 /// A socket that listens, also where loopback is not up yet: an engine may bring it up later.
@@ -141,31 +178,6 @@ fn listen(address: SocketAddr) -> io::Result<std::net::TcpListener> {
         return Err(io::Error::last_os_error());
     }
     Ok(socket.into())
-}
-
-async fn accept(listener: TcpListener, guest: Arc<impl Guest>, places: Arc<Semaphore>) {
-    let mut connections = JoinSet::new();
-    loop {
-        match listener.accept().await {
-            Ok((client, _)) => {
-                // Only now: a listener that nobody asks for anything keeps no place from another.
-                let Ok(place) = Arc::clone(&places).acquire_owned().await else {
-                    return;
-                };
-                let guest = Arc::clone(&guest);
-                connections.spawn(async move {
-                    let _place = place;
-                    carry(client, guest).await;
-                });
-            }
-            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
-            Err(error) => {
-                tracing::warn!(%error, "a connection to localhost cannot be accepted");
-                sleep(PAUSE).await;
-            }
-        }
-        while connections.try_join_next().is_some() {}
-    }
 }
 
 /// Carries one connection to its end.

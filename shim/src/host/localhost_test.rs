@@ -48,13 +48,14 @@ impl Guest for Echo {
 async fn carried<T: Send + 'static>(clients: impl FnOnce() -> T + Send + 'static) -> T {
     let namespace = netns::make().unwrap();
     let taken = Localhost::take(&namespace).unwrap();
-    let carrying = tokio::spawn(taken.carry(Echo::default()));
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let carrying = tokio::spawn(taken.carry(Echo::default(), stopped));
     let own = namespace.try_clone().unwrap();
     let done = spawn_blocking(move || within(&own, || Ok(clients())).unwrap())
         .await
         .unwrap();
-    carrying.abort();
-    let _ = carrying.await;
+    stop.send(()).unwrap();
+    carrying.await.unwrap();
     // It is as it was.
     let left = spawn_blocking(move || {
         within(&namespace, || {
@@ -167,7 +168,10 @@ async fn a_client_that_is_gone_is_gone_in_the_guest() {
     }
     let namespace = netns::make().unwrap();
     let taken = Localhost::take(&namespace).unwrap();
-    let carrying = tokio::spawn(taken.carry(Once(std::sync::Mutex::new(Some(own)))));
+    let carrying = tokio::spawn(taken.carry(
+        Once(std::sync::Mutex::new(Some(own))),
+        std::future::pending::<()>(),
+    ));
     let client = spawn_blocking(move || within(&namespace, || StdStream::connect("127.0.0.1:80")));
     let client = client.await.unwrap().unwrap();
     let theirs = std::os::unix::net::UnixStream::from(theirs);
@@ -200,7 +204,7 @@ async fn loopback_may_come_up_later_and_the_hosts_own_is_never_taken() {
     link(&namespace, "down");
     let taken = Localhost::take(&namespace).unwrap();
     link(&namespace, "up");
-    let carrying = tokio::spawn(taken.carry(Echo::default()));
+    let carrying = tokio::spawn(taken.carry(Echo::default(), std::future::pending::<()>()));
     let said = spawn_blocking(move || within(&namespace, || Ok(talk("[::1]:80", b"")))).await;
     assert_eq!(said.unwrap().unwrap(), b"[::1]:80\nbye");
     carrying.abort();
