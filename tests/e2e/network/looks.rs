@@ -21,6 +21,7 @@ const SHAPE: &str = "
     ip route add default via 10.9.0.1 metric 100 mtu 1400
     ip route add 10.20.0.0/16 via 10.10.0.1 src 10.10.0.2
     ip route add 10.21.0.0/16 via 192.0.2.1 dev net1 onlink
+    ip route add 10.22.0.0/16 nexthop via 10.9.0.1 weight 2 nexthop via 10.10.0.1
     ip route add blackhole 10.23.0.0/16
     ip route add default via 10.10.0.1 table 100
     ip -6 route add default via 2001:db8:9::1 metric 512
