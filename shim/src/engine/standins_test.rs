@@ -6,7 +6,6 @@ use serde_json::{Value, json};
 use tokio::time::timeout;
 
 use super::{
-    cleanup::cleanup_in,
     player_test::Character,
     sandbox_test::{Stage, soon, story},
     *,
@@ -238,8 +237,9 @@ async fn what_an_engine_left_is_ended_and_its_last_hooks_are_run() {
     let (sandbox, _events) = stage.start().await;
     let hooks = json!({"hooks": {"poststop": [hook("grep -c stopped >> log")]}});
     let pid = run(&sandbox, request(&stage, "c", "sleep", &hooks)).await;
-    soon(cleanup_in(stage.places.clone(), "ns", "s")).await.unwrap();
-    assert!(Identity::of(pid).is_err());
+    let standin = Identity::of(pid).unwrap();
+    stage.clean_up().await;
+    assert!(!standin.lives());
     assert_eq!(log(&stage), "1\n");
     stage.assert_nothing_is_left();
     assert!(timeout(Duration::from_secs(20), sandbox.shutdown()).await.is_ok());
