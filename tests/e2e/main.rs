@@ -19,6 +19,7 @@ mod programs;
 mod resources;
 mod shim;
 mod sizing;
+mod snippets;
 mod soak;
 mod streams;
 mod task;
