@@ -138,6 +138,9 @@ pub enum End {
 /// # Errors
 /// When the machine cannot be made or go on. The engine has not been told yet.
 pub fn run(fds: Fds, control: &Control) -> Result<End, MachineError> {
+    // All that is needed was opened by the engine. From here on all threads are born without rights.
+    lockdown::enter()?;
+
     let config = match control.receive_config() {
         Err(ControlError::EngineGone) => return Ok(End::EngineGone),
         config => config?,
@@ -159,13 +162,13 @@ pub fn run(fds: Fds, control: &Control) -> Result<End, MachineError> {
     let file_server = fs::watch(&fds.fs).map_err(|source| MachineError::Device { name: "fs", source })?;
     let panicked = Arc::new(AtomicBool::new(false));
     let mut devices: Vec<(&'static str, Box<dyn Device>)> = vec![
-        ("vsock", Box::new(vsock::Vsock::new(GUEST_CID, fds.vsock))),
-        ("fs", Box::new(fs::Fs::new(SHARE_TAG, fds.fs))),
-        (
+        boxed("vsock", vsock::Vsock::new(GUEST_CID, fds.vsock))?,
+        boxed("fs", fs::Fs::new(SHARE_TAG, fds.fs))?,
+        boxed(
             "console",
-            Box::new(console::Console::new(fds.console, Arc::clone(&panicked))),
-        ),
-        ("rng", Box::new(rng::Rng::new())),
+            console::Console::new(fds.console, Arc::clone(&panicked)),
+        )?,
+        boxed("rng", rng::Rng::new())?,
     ];
     for nic in nics(&config.nics, fds.taps)? {
         devices.push(("net", Box::new(nic)));
@@ -196,9 +199,6 @@ pub fn run(fds: Fds, control: &Control) -> Result<End, MachineError> {
         )?);
     }
     drop((fds.kernel, fds.initramfs));
-
-    // From here on all threads are born without rights.
-    lockdown::enter()?;
 
     let ended = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(MachineError::Event)?;
     let (stopped, stops) = mpsc::channel();
@@ -259,6 +259,17 @@ fn create_vm(fd: OwnedFd) -> Result<(Kvm, Arc<VmFd>), MachineError> {
             .map_err(kvm_error("switching the performance counters off"))?;
     }
     Ok((kvm, Arc::new(vm)))
+}
+
+/// A device with its name.
+fn boxed<D: Device + 'static>(
+    name: &'static str,
+    device: io::Result<D>,
+) -> Result<(&'static str, Box<dyn Device>), MachineError> {
+    match device {
+        Ok(device) => Ok((name, Box::new(device))),
+        Err(source) => Err(MachineError::Device { name, source }),
+    }
 }
 
 /// The most devices that a machine has: those that all have, and NICs.

@@ -1,8 +1,11 @@
-//! Device threads: one thread per active device, waiting in epoll for queue notifications and host descriptors.
+//! Device threads, waiting in epoll for queue notifications and host descriptors. All are made before the guest runs: a
+//! machine that is locked in makes none.
 
 use crate::error;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -48,7 +51,7 @@ impl WorkerError {
 
 /// What runs on a device's thread.
 pub trait Handler: Send + 'static {
-    /// Adds the descriptors to wait for. Called once, before the thread starts.
+    /// Adds the descriptors to wait for. Called once, before any event is handled.
     ///
     /// # Errors
     /// When a descriptor cannot be waited for; the worker is then not started.
@@ -153,57 +156,122 @@ impl AsRawFd for Poll {
     }
 }
 
-/// A running thread with its handler. Dropping it stops the thread too.
+/// What a thread does until it is stopped.
+type Job = Box<dyn FnOnce() + Send>;
+
+/// A device's thread. It runs one handler after the other, and waits in between.
 #[derive(Debug)]
-pub struct Worker<H> {
-    stop: EventFd,
-    thread: Option<JoinHandle<H>>,
+pub struct Thread {
+    name: String,
+    jobs: Option<Sender<Job>>,
+    stop: Arc<EventFd>,
+    thread: Option<JoinHandle<()>>,
 }
 
-impl<H: Handler> Worker<H> {
-    /// Starts a thread called `name` (at most 15 bytes) that runs `handler`.
+impl Thread {
+    /// Starts a thread called `name` (at most 15 bytes).
     ///
     /// # Errors
-    /// When the handler cannot register, or no thread or descriptor is to be had.
-    pub fn spawn(name: &str, mut handler: H) -> io::Result<Self> {
-        let poll = Poll::new()?;
-        let stop = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
-        // SAFETY: `stop` is open here, and the thread that waits for it ends before `stop` is dropped.
-        let stop_fd = unsafe { BorrowedFd::borrow_raw(stop.as_raw_fd()) };
-        poll.add(stop_fd, STOP, READABLE)?;
-        handler.register(&poll)?;
-        let thread_name = name.to_owned();
-        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
-            if let Err(e) = run(&mut handler, &poll) {
-                error!("{thread_name} has stopped: {}", crate::log::chain(&e));
-            }
-            handler
-        })?;
+    /// When no thread or descriptor is to be had.
+    pub fn new(name: &str) -> io::Result<Self> {
+        let stop = Arc::new(EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?);
+        let (jobs, to_do) = channel::<Job>();
+        let thread = std::thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(move || to_do.into_iter().for_each(|job| job()))?;
         Ok(Self {
+            name: name.to_owned(),
+            jobs: Some(jobs),
             stop,
             thread: Some(thread),
         })
     }
 
-    /// Stops the thread, waits for its end and gives the handler back: between two events, never within one.
-    /// `None` if the handler panicked.
-    pub fn stop(mut self) -> Option<H> {
-        self.join()
+    /// Has the thread make a handler and run it. When this returns, the handler is registered. The one before must
+    /// have been stopped.
+    ///
+    /// # Errors
+    /// When the handler cannot be made or cannot register, or an earlier one took the thread down with it.
+    pub fn serve<H: Handler>(
+        &self,
+        make: impl FnOnce() -> io::Result<H> + Send + 'static,
+    ) -> io::Result<Worker<H>> {
+        let (tell, told) = channel();
+        let (give, given) = channel();
+        let (name, stop) = (self.name.clone(), Arc::clone(&self.stop));
+        let job = move || {
+            let (mut handler, poll) = match ready(make, &stop) {
+                Ok(ready) => ready,
+                Err(e) => return drop(tell.send(Err(e))),
+            };
+            // Whoever asked waits for this.
+            let _ = tell.send(Ok(()));
+            if let Err(e) = run(&mut handler, &poll) {
+                error!("{name} has stopped: {}", crate::log::chain(&e));
+            }
+            let _ = give.send(handler);
+        };
+        let gone = || io::Error::other("the device's thread is gone");
+        let jobs = self.jobs.as_ref().ok_or_else(gone)?;
+        jobs.send(Box::new(job)).map_err(|_| gone())?;
+        told.recv().map_err(|_| gone())??;
+        Ok(Worker {
+            stop: Some(Arc::clone(&self.stop)),
+            given,
+        })
     }
 }
 
-impl<H> Worker<H> {
-    fn join(&mut self) -> Option<H> {
-        let thread = self.thread.take()?;
-        // The eventfd is written at most once, so its counter cannot be full.
+impl Drop for Thread {
+    fn drop(&mut self) {
+        self.jobs = None;
+        // For a handler that still runs.
         let _ = self.stop.write(1);
-        thread.join().ok()
+        if let Some(thread) = self.thread.take() {
+            // A thread that panicked has said so.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A handler and what it waits in.
+fn ready<H: Handler>(make: impl FnOnce() -> io::Result<H>, stop: &EventFd) -> io::Result<(H, Poll)> {
+    // The end of the handler before may still be told.
+    let _ = stop.read();
+    let mut handler = make()?;
+    let poll = Poll::new()?;
+    // SAFETY: the thread that waits for it has a share of it.
+    let stop = unsafe { BorrowedFd::borrow_raw(stop.as_raw_fd()) };
+    poll.add(stop, STOP, READABLE)?;
+    handler.register(&poll)?;
+    Ok((handler, poll))
+}
+
+/// A handler that runs on its thread. Dropping it stops it too.
+#[derive(Debug)]
+pub struct Worker<H> {
+    /// `None` once it is told.
+    stop: Option<Arc<EventFd>>,
+    given: Receiver<H>,
+}
+
+impl<H> Worker<H> {
+    /// Stops the handler, waits for its end and gives it back: between two events, never within one. `None` if it
+    /// panicked.
+    pub fn stop(mut self) -> Option<H> {
+        self.end()
+    }
+
+    fn end(&mut self) -> Option<H> {
+        // It is written once for each handler, so its counter cannot be full.
+        let _ = self.stop.take()?.write(1);
+        self.given.recv().ok()
     }
 }
 
 impl<H> Drop for Worker<H> {
     fn drop(&mut self) {
-        self.join();
+        self.end();
     }
 }
 
@@ -222,8 +290,8 @@ fn run<H: Handler>(handler: &mut H, poll: &Poll) -> Result<(), WorkerError> {
 mod tests {
     use super::*;
     use std::os::fd::AsFd;
-    use std::sync::mpsc::{Sender, channel};
 
+    #[derive(Debug)]
     struct Counter {
         socket: std::os::unix::net::UnixStream,
         seen: Vec<u8>,
@@ -254,39 +322,57 @@ mod tests {
         use std::io::Write;
         let (ours, mut theirs) = std::os::unix::net::UnixStream::pair().unwrap();
         let (tell, told) = channel();
-        let worker = Worker::spawn(
-            "test",
-            Counter {
-                socket: ours,
-                seen: vec![],
-                tell,
-            },
-        )
-        .unwrap();
+        let thread = Thread::new("test").unwrap();
+        let counter = Counter {
+            socket: ours,
+            seen: vec![],
+            tell,
+        };
+        let worker = thread.serve(|| Ok(counter)).unwrap();
         theirs.write_all(b"a").unwrap();
         assert_eq!(told.recv().unwrap(), b'a');
         let handler = worker.stop().unwrap();
         theirs.write_all(b"b").unwrap();
-        let worker = Worker::spawn("test", handler).unwrap();
+        let worker = thread.serve(|| Ok(handler)).unwrap();
         assert_eq!(told.recv().unwrap(), b'b');
         assert_eq!(worker.stop().unwrap().seen, b"ab");
     }
 
     #[test]
     fn a_handler_that_failed_is_still_given_back() {
+        use std::io::Write;
         let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
         let (tell, told) = channel();
-        let worker = Worker::spawn(
-            "test",
-            Counter {
-                socket: ours,
-                seen: vec![],
-                tell,
-            },
-        )
-        .unwrap();
+        let thread = Thread::new("test").unwrap();
+        let counter = Counter {
+            socket: ours,
+            seen: vec![],
+            tell,
+        };
+        let worker = thread.serve(|| Ok(counter)).unwrap();
         drop(theirs);
-        assert!(worker.stop().unwrap().seen.is_empty());
+        let counter = worker.stop().unwrap();
+        assert!(counter.seen.is_empty());
+        // The thread takes another, whose start is not ended by that of the first.
+        let (socket, mut theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        let worker = thread.serve(|| Ok(Counter { socket, ..counter })).unwrap();
+        theirs.write_all(b"c").unwrap();
+        assert_eq!(told.recv().unwrap(), b'c');
+        drop(worker);
         assert!(told.recv().is_err());
+    }
+
+    #[test]
+    fn one_that_cannot_be_made_says_why_and_leaves_the_thread_to_others() {
+        let thread = Thread::new("test").unwrap();
+        let failed = thread.serve(|| Err::<Counter, _>(io::Error::other("no timer")));
+        assert_eq!(failed.unwrap_err().to_string(), "no timer");
+        let (socket, _theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        let counter = Counter {
+            socket,
+            seen: vec![],
+            tell: channel().0,
+        };
+        assert!(thread.serve(|| Ok(counter)).unwrap().stop().is_some());
     }
 }

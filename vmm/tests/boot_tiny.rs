@@ -354,7 +354,7 @@ fn a_running_vmm_has_no_rights_left() {
         assert!(status.contains("NoNewPrivs:\t1"), "{status}");
         threads += 1;
     }
-    assert_eq!(threads, 3, "the main thread and two vCPUs");
+    assert_eq!(threads, 7, "the main thread, two vCPUs, four devices");
     drop(vmm.control.take());
     vmm.child.wait().unwrap();
 }

@@ -5,7 +5,7 @@ use super::device::{ActivateError, Activation, ActiveQueue, Device, Interrupt};
 use super::requests;
 use crate::memory::Memory;
 use crate::warning;
-use crate::worker::{Handler, Poll, READABLE, WRITABLE, Worker, WorkerError};
+use crate::worker::{Handler, Poll, READABLE, Thread, WRITABLE, Worker, WorkerError};
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -49,13 +49,17 @@ pub struct Console {
     state: Arc<Mutex<State>>,
     /// When no worker has it.
     output: Option<Output>,
+    thread: Thread,
     worker: Option<Worker<ConsoleWorker>>,
 }
 
 impl Console {
     /// A console that writes to `output`, non-blocking: what that does not take is dropped, counted, and told there
     /// when it takes more. `panicked` is set when the guest's kernel says that it panics.
-    pub fn new(output: OwnedFd, panicked: Arc<AtomicBool>) -> Self {
+    ///
+    /// # Errors
+    /// When it cannot have a thread.
+    pub fn new(output: OwnedFd, panicked: Arc<AtomicBool>) -> io::Result<Self> {
         let state = State {
             line_start: true,
             ..State::default()
@@ -69,9 +73,12 @@ impl Console {
     }
 
     /// A copy of a saved device; see [`new`](Self::new).
-    pub fn restore(state: State, output: OwnedFd, panicked: Arc<AtomicBool>) -> Self {
+    ///
+    /// # Errors
+    /// As there.
+    pub fn restore(state: State, output: OwnedFd, panicked: Arc<AtomicBool>) -> io::Result<Self> {
         let state = Arc::new(Mutex::new(state));
-        Self {
+        Ok(Self {
             state: state.clone(),
             output: Some(Output {
                 fd: output,
@@ -79,8 +86,9 @@ impl Console {
                 state,
                 gone: false,
             }),
+            thread: Thread::new("console")?,
             worker: None,
-        }
+        })
     }
 }
 
@@ -122,7 +130,8 @@ impl Device for Console {
             output: self.output.take().ok_or(ActivateError::HostEnd)?,
             waiting: false,
         };
-        self.worker = Some(Worker::spawn("console", worker).map_err(ActivateError::Worker)?);
+        let worker = self.thread.serve(|| Ok(worker)).map_err(ActivateError::Worker)?;
+        self.worker = Some(worker);
         Ok(())
     }
 

@@ -59,7 +59,7 @@ impl Guest {
         let memory = memory(SIZE);
         let transmit = GuestQueue::new(&memory, 0, 64);
         let panicked = Arc::new(AtomicBool::new(false));
-        let mut console = Console::new(output, panicked.clone());
+        let mut console = Console::new(output, panicked.clone()).unwrap();
         let (interrupt, irq) = interrupt();
         let mut worker = ConsoleWorker {
             memory: memory.clone(),
@@ -259,7 +259,7 @@ fn the_state_survives() {
     assert_eq!(state.panic_seen, 15);
     let (_, output) = pipe();
     let panicked = Arc::new(AtomicBool::new(false));
-    let mut copy = Console::restore(state.clone(), output, panicked.clone());
+    let mut copy = Console::restore(state.clone(), output, panicked.clone()).unwrap();
     assert_eq!(copy.save(), state);
     copy.output.as_mut().unwrap().take(b"not syncing");
     assert!(panicked.load(Ordering::Acquire));
@@ -269,7 +269,7 @@ fn the_state_survives() {
 #[test]
 fn the_device_gives_its_output_back_on_reset() {
     let (mut reader, output) = pipe();
-    let mut console = Console::new(output, Arc::default());
+    let mut console = Console::new(output, Arc::default()).unwrap();
     for text in [b"a", b"b"] {
         let memory = memory(SIZE);
         memory.write_slice(text, GuestAddress(DATA)).unwrap();
@@ -304,7 +304,7 @@ proptest! {
     fn the_panic_is_found_wherever_it_is_cut(before in "[Kern el]{0,40}", after in "[Kern el]{0,20}", cuts in prop::collection::vec(1usize..20, 1..8)) {
         let (_reader, output) = pipe();
         let panicked = Arc::new(AtomicBool::new(false));
-        let mut console = Console::new(output, panicked.clone());
+        let mut console = Console::new(output, panicked.clone()).unwrap();
         let text = format!("{before}Kernel panic - not syncing{after}");
         let mut rest = text.as_bytes();
         let mut cuts = cuts.into_iter().cycle();
@@ -320,7 +320,7 @@ proptest! {
     fn other_text_is_no_panic(text in "(Kernel panic|- not|syncing| ){0,20}") {
         let (_reader, output) = pipe();
         let panicked = Arc::new(AtomicBool::new(false));
-        Console::new(output, panicked.clone()).output.as_mut().unwrap().take(text.as_bytes());
+        Console::new(output, panicked.clone()).unwrap().output.as_mut().unwrap().take(text.as_bytes());
         prop_assert_eq!(panicked.load(Ordering::Acquire), text.contains("Kernel panic - not syncing"));
     }
 }

@@ -69,7 +69,7 @@ pub struct ActiveQueue {
     /// The rings.
     pub queue: Queue,
     /// Becomes readable when the driver has notified the queue. Non-blocking.
-    pub notify: EventFd,
+    pub notify: Arc<EventFd>,
 }
 
 /// Why a device could not be activated.

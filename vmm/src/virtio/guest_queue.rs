@@ -3,6 +3,7 @@
 use super::device::{ActiveQueue, Interrupt};
 use crate::memory::Memory;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use virtio_bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
@@ -30,7 +31,7 @@ pub struct GuestQueue {
     available: u16,
     used: u16,
     /// What the device waits for.
-    pub notify: EventFd,
+    pub notify: Arc<EventFd>,
 }
 
 /// `size` bytes of guest memory from 0 up.
@@ -64,7 +65,7 @@ impl GuestQueue {
             chains: BTreeMap::new(),
             available: 0,
             used: 0,
-            notify: eventfd(),
+            notify: Arc::new(eventfd()),
         }
     }
 
@@ -87,7 +88,7 @@ impl GuestQueue {
         assert!(queue.is_valid(&self.memory));
         ActiveQueue {
             queue,
-            notify: self.notify.try_clone().unwrap(),
+            notify: Arc::clone(&self.notify),
         }
     }
 

@@ -6,6 +6,7 @@ use crate::memory::Memory;
 use crate::{log, warning};
 use serde::{Deserialize, Serialize};
 use std::io;
+use std::sync::Arc;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Queue, QueueState, QueueT};
@@ -101,7 +102,7 @@ pub struct Transport {
     device: Box<dyn Device>,
     memory: Memory,
     interrupt: Interrupt,
-    notifiers: Vec<EventFd>,
+    notifiers: Vec<Arc<EventFd>>,
     active: bool,
     /// The configuration space as of the last look, to tell when it changed.
     config_seen: Vec<u8>,
@@ -117,7 +118,7 @@ impl Transport {
         let sizes = device.queue_max_sizes();
         let notifiers = sizes
             .iter()
-            .map(|_| EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK))
+            .map(|_| EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map(Arc::new))
             .collect::<io::Result<Vec<_>>>()?;
         let config_seen = device.config().to_vec();
         let mut transport = Self {
@@ -174,7 +175,7 @@ impl Transport {
     }
 
     /// The descriptors to be written when the driver notifies a queue, in the queues' order.
-    pub fn notifiers(&self) -> &[EventFd] {
+    pub fn notifiers(&self) -> &[Arc<EventFd>] {
         &self.notifiers
     }
 
@@ -363,8 +364,10 @@ impl Transport {
                 .map_err(|reason| format!("queue {index}: {reason}"))?;
             // A notification from before the device was ready is none.
             let _ = notifier.read();
-            let notify = notifier.try_clone().map_err(|e| format!("queue {index}: {e}"))?;
-            queues.push(ActiveQueue { queue, notify });
+            queues.push(ActiveQueue {
+                queue,
+                notify: Arc::clone(notifier),
+            });
         }
         let activation = Activation {
             memory: self.memory.clone(),

@@ -5,7 +5,7 @@ use super::device::{ActivateError, Activation, ActiveQueue, Device, Interrupt};
 use super::requests;
 use crate::memory::Memory;
 use crate::warning;
-use crate::worker::{Handler, Poll, READABLE, Worker, WorkerError};
+use crate::worker::{Handler, Poll, READABLE, Thread, Worker, WorkerError};
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -24,15 +24,22 @@ const QUEUE_SIZES: [u16; 1] = [16];
 pub struct State {}
 
 /// The entropy device.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Rng {
+    thread: Thread,
     worker: Option<Worker<RngWorker>>,
 }
 
 impl Rng {
     /// A device that is not active.
-    pub fn new() -> Self {
-        Self::default()
+    ///
+    /// # Errors
+    /// When it cannot have a thread.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self {
+            thread: Thread::new("rng")?,
+            worker: None,
+        })
     }
 
     /// What a copy of the device has to know.
@@ -41,7 +48,10 @@ impl Rng {
     }
 
     /// A copy of a saved device.
-    pub fn restore(State {}: State) -> Self {
+    ///
+    /// # Errors
+    /// See [`new`](Self::new).
+    pub fn restore(State {}: State) -> io::Result<Self> {
         Self::new()
     }
 }
@@ -81,7 +91,8 @@ impl Device for Rng {
             queue,
             interrupt: activation.interrupt,
         };
-        self.worker = Some(Worker::spawn("rng", worker).map_err(ActivateError::Worker)?);
+        let worker = self.thread.serve(|| Ok(worker)).map_err(ActivateError::Worker)?;
+        self.worker = Some(worker);
         Ok(())
     }
 

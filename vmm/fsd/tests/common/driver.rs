@@ -61,7 +61,7 @@ impl Driver {
                 queue.set_ready(true);
                 ActiveQueue {
                     queue,
-                    notify: notify[number].try_clone().unwrap(),
+                    notify: notify[number].try_clone().unwrap().into(),
                 }
             })
             .collect();
@@ -71,7 +71,6 @@ impl Driver {
             interrupt: Interrupt::new(irq.try_clone().unwrap()),
             features: 0,
         };
-        let mut device = Fs::new("share", channel);
         let device = std::thread::spawn(move || {
             let nothing = husk_fsd::capabilities::Sets {
                 effective: 0,
@@ -79,6 +78,7 @@ impl Driver {
                 inheritable: 0,
             };
             husk_fsd::capabilities::set(nothing).unwrap();
+            let mut device = Fs::new("share", channel).unwrap();
             device.activate(activation).unwrap();
             device
         })

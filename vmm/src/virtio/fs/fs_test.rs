@@ -278,21 +278,21 @@ fn pair() -> (OwnedFd, Server) {
 
 fn start() -> (Fs, Guest, Server) {
     let (ours, server) = pair();
-    let mut device = Fs::new("share", ours);
+    let mut device = Fs::new("share", ours).unwrap();
     let guest = Guest::activate(&mut device);
     (device, guest, server)
 }
 
 #[test]
 fn a_saved_device_comes_back_the_same() {
-    let device = Fs::new("share", pair().0);
+    let device = Fs::new("share", pair().0).unwrap();
     let state: State = serde_json::from_str(&serde_json::to_string(&device.save()).unwrap()).unwrap();
-    let copy = Fs::restore(state, pair().0);
+    let copy = Fs::restore(state, pair().0).unwrap();
     assert_eq!(copy.config(), device.config());
     assert_eq!(copy.save(), device.save());
     assert_eq!(device.config(), [&b"share"[..], &[0; 31], &[1, 0, 0, 0]].concat());
     assert_eq!(
-        Fs::new(&"x".repeat(50), pair().0).config(),
+        Fs::new(&"x".repeat(50), pair().0).unwrap().config(),
         [&[b'x'; 36][..], &[1, 0, 0, 0]].concat()
     );
 }

@@ -18,7 +18,7 @@ pub mod worker;
 mod fs_test;
 
 use crate::virtio::device::{ActivateError, Activation, ActiveQueue, Device};
-use crate::worker::Worker;
+use crate::worker::{Thread, Worker};
 use channel::Channel;
 use serde::{Deserialize, Serialize};
 use std::io;
@@ -54,13 +54,17 @@ pub struct Fs {
     config: [u8; MAX_TAG_LEN + 4],
     /// The way to the server, when no worker has it.
     channel: Option<Channel>,
+    thread: Thread,
     worker: Option<Worker<FsWorker>>,
 }
 
 impl Fs {
     /// A device that the guest mounts as `tag` (what is beyond [`MAX_TAG_LEN`] bytes is cut off), served at the other
     /// end of `channel`. Readies the process for the guest's files (see [`files::ready_process`]).
-    pub fn new(tag: &str, channel: OwnedFd) -> Self {
+    ///
+    /// # Errors
+    /// When it cannot have a thread.
+    pub fn new(tag: &str, channel: OwnedFd) -> io::Result<Self> {
         files::ready_process();
         let mut config = [0; MAX_TAG_LEN + 4];
         let (name, queues) = config.split_at_mut(MAX_TAG_LEN);
@@ -70,12 +74,13 @@ impl Fs {
         for (to, from) in queues.iter_mut().zip(1u32.to_le_bytes()) {
             *to = from;
         }
-        Self {
+        Ok(Self {
             tag: tag.to_owned(),
             config,
             channel: Some(Channel::new(channel)),
+            thread: Thread::new("fs")?,
             worker: None,
-        }
+        })
     }
 
     /// What a copy of the device has to know.
@@ -86,7 +91,10 @@ impl Fs {
     }
 
     /// A copy of a saved device, served at the other end of `channel`.
-    pub fn restore(state: State, channel: OwnedFd) -> Self {
+    ///
+    /// # Errors
+    /// See [`new`](Self::new).
+    pub fn restore(state: State, channel: OwnedFd) -> io::Result<Self> {
         Self::new(&state.tag, channel)
     }
 }
@@ -135,7 +143,8 @@ impl Device for Fs {
         }
         let channel = self.channel.take().ok_or(ActivateError::HostEnd)?;
         let worker = FsWorker::new(activation.memory, queues, activation.interrupt, channel);
-        self.worker = Some(Worker::spawn("fs", worker).map_err(ActivateError::Worker)?);
+        let worker = self.thread.serve(|| Ok(worker)).map_err(ActivateError::Worker)?;
+        self.worker = Some(worker);
         Ok(())
     }
 

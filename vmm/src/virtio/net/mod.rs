@@ -19,7 +19,7 @@ mod tests;
 
 use crate::virtio::device::{ActivateError, Activation, ActiveQueue, Device};
 use crate::warning;
-use crate::worker::Worker;
+use crate::worker::{Thread, Worker};
 use control::Control;
 use features::{negotiated_offload, offered};
 use husk_vmm_protocol::config::{MAX_QUEUE_PAIRS, NicConfig};
@@ -33,6 +33,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MQ};
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::QueueT;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use worker::PairWorker;
 
 /// Places of each queue.
@@ -70,6 +71,9 @@ pub struct Net {
     offload: u32,
     /// Pairs in use by a guest that was saved.
     restored_pairs: u8,
+    /// One for each pair, and what makes it look.
+    threads: Vec<Thread>,
+    bells: Arc<[EventFd]>,
     running: Option<Running>,
 }
 
@@ -84,7 +88,7 @@ impl Net {
     /// many as `config` has pairs.
     ///
     /// # Errors
-    /// When the number is another, or the tap takes no offloads.
+    /// When the number is another, the tap takes no offloads, or there are no threads or descriptors left.
     pub fn new(name: &str, config: &NicConfig, taps: Vec<OwnedFd>) -> io::Result<Self> {
         let state = State {
             mac: config.mac,
@@ -139,6 +143,12 @@ impl Net {
             offloads,
             offload: offloads,
             restored_pairs: state.active_pairs,
+            threads: (0..pairs)
+                .map(|index| Thread::new(&format!("{name}.{index}")))
+                .collect::<io::Result<_>>()?,
+            bells: (0..pairs)
+                .map(|_| EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK))
+                .collect::<io::Result<_>>()?,
             running: None,
         })
     }
@@ -213,14 +223,12 @@ impl Device for Net {
             if several { self.taps.len() } else { 1 },
             features,
         )?;
-        let shared = Arc::new(
-            Pairs::new(
-                Arc::clone(&self.taps),
-                pairs.len(),
-                usize::from(self.restored_pairs),
-            )
-            .map_err(ActivateError::Worker)?,
-        );
+        let shared = Arc::new(Pairs::new(
+            Arc::clone(&self.taps),
+            Arc::clone(&self.bells),
+            pairs.len(),
+            usize::from(self.restored_pairs),
+        ));
         self.restored_pairs = 1;
         let mut control = control.map(|queue| {
             Control::new(
@@ -231,7 +239,7 @@ impl Device for Net {
             )
         });
         let mut workers = Vec::with_capacity(pairs.len());
-        for (index, [receive, transmit]) in pairs.drain(..).enumerate() {
+        for ((index, [receive, transmit]), thread) in pairs.drain(..).enumerate().zip(&self.threads) {
             let worker = PairWorker::new(
                 Arc::clone(&shared),
                 index,
@@ -242,9 +250,7 @@ impl Device for Net {
                 features,
             );
             // Those that were started before end when this returns.
-            let worker =
-                Worker::spawn(&format!("{}.{index}", self.name), worker).map_err(ActivateError::Worker)?;
-            workers.push(worker);
+            workers.push(thread.serve(|| Ok(worker)).map_err(ActivateError::Worker)?);
         }
         self.running = Some(Running {
             pairs: shared,

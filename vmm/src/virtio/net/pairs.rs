@@ -2,31 +2,28 @@
 
 use super::tap::Tap;
 use crate::warning;
-use std::io;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 /// The pairs of one active device.
 #[derive(Debug)]
 pub struct Pairs {
     taps: Arc<[Tap]>,
     active: RwLock<usize>,
-    bells: Vec<EventFd>,
+    bells: Arc<[EventFd]>,
+    usable: usize,
 }
 
 impl Pairs {
-    /// `usable` pairs in front of `taps`, of which the guest uses `active`.
-    ///
-    /// # Errors
-    /// When no descriptors are to be had.
-    pub fn new(taps: Arc<[Tap]>, usable: usize, active: usize) -> io::Result<Self> {
-        Ok(Self {
+    /// `usable` pairs in front of `taps`, each with its bell, of which the guest uses `active`.
+    pub fn new(taps: Arc<[Tap]>, bells: Arc<[EventFd]>, usable: usize, active: usize) -> Self {
+        let usable = usable.clamp(1, bells.len().max(1));
+        Self {
             taps,
-            active: RwLock::new(active.clamp(1, usable.max(1))),
-            bells: (0..usable)
-                .map(|_| EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK))
-                .collect::<io::Result<_>>()?,
-        })
+            active: RwLock::new(active.clamp(1, usable)),
+            bells,
+            usable,
+        }
     }
 
     /// All queues of the tap: the host's kernel spreads frames over them, however many pairs the guest uses.
@@ -53,11 +50,11 @@ impl Pairs {
     /// The guest uses the first `count` pairs from now on: when this returns, no other gives it any more frames.
     /// `false`, and no change, if there are not so many.
     pub fn set_active(&self, count: usize) -> bool {
-        if count == 0 || count > self.bells.len() {
+        if count == 0 || count > self.usable {
             return false;
         }
         *self.active.write().unwrap_or_else(PoisonError::into_inner) = count;
-        for bell in &self.bells {
+        for bell in self.bells.iter().take(self.usable) {
             // A full counter means that the thread is called already.
             if let Err(e) = bell.write(1) {
                 warning!("net: a queue's thread cannot be called: {e}");

@@ -17,10 +17,11 @@ mod connection_test;
 mod tests;
 
 use crate::virtio::device::{ActivateError, Activation, ActiveQueue, Device};
-use crate::worker::Worker;
+use crate::worker::{Thread, Worker};
 use muxer::Muxer;
 use offers::Offers;
 use serde::{Deserialize, Serialize};
+use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -52,27 +53,29 @@ pub struct Vsock {
     guest_cid: u64,
     /// The channel, when no worker has it.
     offers: Option<Offers>,
-    worker: Option<Running>,
+    thread: Thread,
+    worker: Option<Worker<VsockWorker>>,
+    /// Makes the worker look.
+    again: Arc<EventFd>,
     /// The guest is to be told of a transport reset; shared with the worker, which takes it.
     transport_reset: Arc<AtomicBool>,
 }
 
-#[derive(Debug)]
-struct Running {
-    worker: Worker<VsockWorker>,
-    again: EventFd,
-}
-
 impl Vsock {
     /// A device whose guest is called `guest_cid`, with streams from `offers`, a `SOCK_SEQPACKET` socket.
-    pub fn new(guest_cid: u64, offers: OwnedFd) -> Self {
-        Self {
+    ///
+    /// # Errors
+    /// When it cannot have a thread and descriptors.
+    pub fn new(guest_cid: u64, offers: OwnedFd) -> io::Result<Self> {
+        Ok(Self {
             config: guest_cid.to_le_bytes(),
             guest_cid,
             offers: Some(Offers::new(offers)),
+            thread: Thread::new("vsock")?,
             worker: None,
+            again: Arc::new(EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?),
             transport_reset: Arc::new(AtomicBool::new(false)),
-        }
+        })
     }
 
     /// What a copy of the device has to know.
@@ -84,22 +87,23 @@ impl Vsock {
     }
 
     /// A copy of a saved device.
-    pub fn restore(state: State, offers: OwnedFd) -> Self {
-        let device = Self::new(state.guest_cid, offers);
+    ///
+    /// # Errors
+    /// See [`new`](Self::new).
+    pub fn restore(state: State, offers: OwnedFd) -> io::Result<Self> {
+        let device = Self::new(state.guest_cid, offers)?;
         device
             .transport_reset
             .store(state.transport_reset, Ordering::Release);
-        device
+        Ok(device)
     }
 
     /// Closes all connections and tells the guest that they are lost; streams that wait for the guest go on to.
     /// On a device that is not active the guest is told when it is.
     pub fn transport_reset(&self) {
         self.transport_reset.store(true, Ordering::Release);
-        if let Some(running) = &self.worker {
-            // Fails only when the counter is full, and then the worker is called already.
-            let _ = running.again.write(1);
-        }
+        // Fails only when the counter is full, and then the worker is called already.
+        let _ = self.again.write(1);
     }
 }
 
@@ -139,31 +143,25 @@ impl Device for Vsock {
                 .queue
                 .set_event_idx(activation.features & self.features() != 0);
         }
-        let again = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(ActivateError::Worker)?;
         let doorbell = Doorbell {
-            again: again.try_clone().map_err(ActivateError::Worker)?,
+            again: Arc::clone(&self.again),
             reset: self.transport_reset.clone(),
         };
         let offers = self.offers.take().ok_or(ActivateError::HostEnd)?;
-        let worker = VsockWorker::new(
-            activation.memory,
-            queues,
-            activation.interrupt,
-            Muxer::new(self.guest_cid, offers),
-            doorbell,
-        )
-        .and_then(|worker| Worker::spawn("vsock", worker))
-        .map_err(ActivateError::Worker)?;
-        self.worker = Some(Running { worker, again });
+        let (memory, interrupt, guest_cid) = (activation.memory, activation.interrupt, self.guest_cid);
+        let worker = self
+            .thread
+            .serve(move || {
+                VsockWorker::new(memory, queues, interrupt, Muxer::new(guest_cid, offers), doorbell)
+            })
+            .map_err(ActivateError::Worker)?;
+        self.worker = Some(worker);
         Ok(())
     }
 
     fn reset(&mut self) {
-        if let Some(running) = self.worker.take() {
-            self.offers = running
-                .worker
-                .stop()
-                .map(|worker| worker.into_muxer().into_offers());
+        if let Some(worker) = self.worker.take() {
+            self.offers = worker.stop().map(|worker| worker.into_muxer().into_offers());
         }
     }
 }

@@ -39,7 +39,7 @@ const TRANSPORT_RESET: [u8; 4] = 0u32.to_le_bytes();
 #[derive(Debug)]
 pub struct Doorbell {
     /// Makes the worker look.
-    pub again: EventFd,
+    pub again: Arc<EventFd>,
     /// All connections are to be dropped, and the guest to be told.
     pub reset: Arc<AtomicBool>,
 }

@@ -1,7 +1,7 @@
 //! A guest, a network and the device between them, for the tests.
 
 use crate::memory::Memory;
-use crate::virtio::guest_queue::{GuestQueue, Part, interrupt, memory};
+use crate::virtio::guest_queue::{GuestQueue, Part, eventfd, interrupt, memory};
 use crate::virtio::net::control::Control;
 use crate::virtio::net::features::{bits, offered};
 use crate::virtio::net::header::LEN;
@@ -170,7 +170,12 @@ impl Machine {
         let control = GuestQueue::new(&memory, 2 * count as u64 * GuestQueue::SPAN, size);
         let (interrupt, irq) = interrupt();
         let (taps, network): (Vec<_>, Vec<_>) = (0..count).map(|_| tap()).unzip();
-        let pairs = Arc::new(Pairs::new(taps.into_iter().map(Tap::new).collect(), count, 1).unwrap());
+        let pairs = Arc::new(Pairs::new(
+            taps.into_iter().map(Tap::new).collect(),
+            (0..count).map(|_| eventfd()).collect(),
+            count,
+            1,
+        ));
         let mut commands = Some(Control::new(
             control.device_side(true),
             memory.clone(),

@@ -78,7 +78,7 @@ impl Active {
         let (channel, engine) = channel();
         let mut guest = Driver::new();
         guest.post_many(64);
-        let mut device = Vsock::new(GUEST_CID, channel);
+        let mut device = Vsock::new(GUEST_CID, channel).unwrap();
         let (activation, irq) = activation(&guest);
         device.activate(activation).unwrap();
         Self {
@@ -177,7 +177,7 @@ fn a_restored_device_tells_its_guest_that_connections_are_lost() {
         length: 4,
         write: true,
     }]);
-    let mut copy = Vsock::restore(state.clone(), channel().0);
+    let mut copy = Vsock::restore(state.clone(), channel().0).unwrap();
     assert_eq!(copy.save(), state);
     assert_eq!(copy.config(), GUEST_CID.to_le_bytes());
     let (activation, irq) = activation(&guest);

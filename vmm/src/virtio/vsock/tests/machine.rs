@@ -237,7 +237,7 @@ pub struct Machine {
     pub worker: VsockWorker,
     pub poll: Poll,
     pub irq: EventFd,
-    pub again: EventFd,
+    pub again: Arc<EventFd>,
     pub reset: Arc<AtomicBool>,
 }
 
@@ -246,7 +246,7 @@ impl Machine {
         let guest = Driver::new();
         let (device, engine) = channel();
         let (interrupt, irq) = interrupt();
-        let again = eventfd();
+        let again = Arc::new(eventfd());
         let reset = Arc::new(AtomicBool::new(false));
         let mut worker = VsockWorker::new(
             guest.memory.clone(),
@@ -258,7 +258,7 @@ impl Machine {
             interrupt,
             Muxer::new(GUEST_CID, Offers::new(device)),
             Doorbell {
-                again: again.try_clone().unwrap(),
+                again: Arc::clone(&again),
                 reset: reset.clone(),
             },
         )
