@@ -89,15 +89,15 @@ e2e: build e2e-programs ## the end-to-end suites, under containerd 1.7 and 2.1
 	@tests/run-e2e $(TESTS)
 
 .PHONY: test-long
-test-long: build e2e-programs ## what takes longer: two processors, a gigabyte of output, 200 containers, the kernel built twice
+test-long: build e2e-programs ## what takes longer: two processors, a gigabyte of output and of traffic each way, 200 containers, the kernel built twice
 	HUSK_TEST_FLOOD_MB=1024 HUSK_TEST_SOAK=200 HUSK_CLOCK=smp tests/run-e2e
 	guest-image/build-kernel --check-reproducible
 
 .PHONY: bench-program
 bench-program:
 	@mkdir -p $(E2E)
-	$(CARGO) build --release --locked -p husk-tests --bin bench
-	@install -m 755 -C $(TARGET)/release/bench $(E2E)/bench
+	$(CARGO) build --release --locked -p husk-tests --bin bench --bin probe
+	@install -m 755 -C $(TARGET)/release/bench $(TARGET)/release/probe $(E2E)
 
 .PHONY: bench
 bench: build bench-program ## husk and runc in turn, in a clock that counts instructions

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::command::run;
 use crate::host;
 
 /// Everything on the host that a container could leave, with its count.
@@ -37,7 +38,10 @@ impl Census {
             }
         }
         walk(Path::new("/sys/fs/cgroup"), 6, &mut |path| {
-            add(format!("cgroup {path}"))
+            // The parent that the tests' bundles name stays, as any parent.
+            if path != "/sys/fs/cgroup/husk-e2e" {
+                add(format!("cgroup {path}"));
+            }
         });
         for directory in [
             "/run/husk",
@@ -51,6 +55,7 @@ impl Census {
                 add(format!("entry {}", entry.path().display()));
             }
         }
+        network(&mut add);
         // A namespace's number says nothing; how many there are does.
         let namespaces = found.keys().filter(|key| key.starts_with("namespace")).count();
         found.retain(|key, _| !key.starts_with("namespace"));
@@ -85,6 +90,35 @@ impl Census {
 
 fn found_once(add: &mut impl FnMut(String), namespace: &str) {
     add(format!("namespace {namespace}"));
+}
+
+/// The links and queueing disciplines of the host's network namespace and of those that have a name.
+fn network(add: &mut impl FnMut(String)) {
+    let names = fs::read_dir("/run/netns").into_iter().flatten().flatten();
+    let names = names.map(|entry| entry.file_name().to_string_lossy().into_owned());
+    // A namespace of the name "" is the host's.
+    for name in names.chain([String::new()]) {
+        let within = |words: &str| {
+            let enter = match name.as_str() {
+                "" => String::new(),
+                name => format!("ip netns exec {name} "),
+            };
+            // One that is just being removed cannot be entered any more.
+            run(&["sh", "-c", &(enter + words)]).out()
+        };
+        add(format!("netns {name}"));
+        for line in within("ip -o link show").lines() {
+            // `2: eth0@if3: <…`
+            let link = line.split(['@', ' ', ':']).filter(|word| !word.is_empty()).nth(1);
+            add(format!("netns {name} link {}", link.unwrap_or("?")));
+        }
+        for line in within("tc qdisc show").lines() {
+            // `qdisc KIND HANDLE dev NAME …`
+            let words: Vec<_> = line.split(' ').collect();
+            let word = |at: usize| words.get(at).copied().unwrap_or("?");
+            add(format!("netns {name} qdisc {} of {}", word(1), word(4)));
+        }
+    }
 }
 
 fn walk(directory: &Path, depth: usize, add: &mut impl FnMut(String)) {

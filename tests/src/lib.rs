@@ -1,3 +1,4 @@
-//! What the tests are made of: the machine they run on ([`testhost`]).
+//! What the tests are made of: the machine they run on ([`testhost`]), and what they send ([`traffic`]).
 
 pub mod testhost;
+pub mod traffic;

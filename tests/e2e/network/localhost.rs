@@ -13,11 +13,12 @@ use super::{Container, Netns, sh};
 use crate::case::Runtime;
 use crate::command::run;
 
-/// Servers that say what they hear, on loopback of each family and on all addresses; the last line waits for them.
+/// Servers that say what they hear, on loopback of each family and on all addresses; the last line waits for them. When
+/// the client is done they would give `cat` half a second for its answer, which is too little where many start at once.
 const SERVERS: &str = r"
-    socat TCP4-LISTEN:8080,bind=127.0.0.1,reuseaddr,fork,backlog=128 EXEC:cat &
-    socat TCP6-LISTEN:8081,bind=[::1],ipv6only,reuseaddr,fork EXEC:cat &
-    socat TCP6-LISTEN:8082,reuseaddr,fork,ipv6only=0 EXEC:cat &
+    socat -t 100 TCP4-LISTEN:8080,bind=127.0.0.1,reuseaddr,fork,backlog=128 EXEC:cat &
+    socat -t 100 TCP6-LISTEN:8081,bind=[::1],ipv6only,reuseaddr,fork EXEC:cat &
+    socat -t 100 TCP6-LISTEN:8082,reuseaddr,fork,ipv6only=0 EXEC:cat &
     sleep 1000";
 const READY: &str = "for port in 1F90 1F91 1F92; do \
     until cat /proc/net/tcp /proc/net/tcp6 | grep -q :$port.*:0000.0A; do sleep 0.2; done; done";
@@ -50,8 +51,9 @@ fn ports_of_the_container_are_reached_from_its_network_namespace() {
              socat -t 60 - TCP4:127.0.0.1:8080 < /tmp/husk-e2e-localhost | cmp - /tmp/husk-e2e-localhost
              rm /tmp/husk-e2e-localhost");
         // Many at once.
-        let said = netns
-            .sh("for i in $(seq 30); do (echo line $i | socat -t 100 - TCP4:127.0.0.1:8080) & done; wait");
+        let said = netns.sh(
+            "for i in $(seq 30); do (echo line $i | socat -t 100 - TCP4:127.0.0.1:8080 2>&1) & done; wait",
+        );
         assert_eq!(said.lines().count(), 30, "{runtime:?}: {said}");
         // Nobody there.
         let argv = [

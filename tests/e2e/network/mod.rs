@@ -1,14 +1,18 @@
 //! The sandbox's network: what a container sees of the NICs in its network namespace, and what passes through them.
 
+mod kinds;
 mod late;
+mod load;
 mod localhost;
 mod looks;
+mod nerdctl;
 mod refusals;
 mod traffic;
 
 use std::fs;
 use std::os::unix::fs::symlink;
 
+use husk_tests::traffic::{Order, connect};
 use serde_json::{Value, json};
 
 use crate::bundle::Bundle;
@@ -104,17 +108,16 @@ impl Container {
 
     #[track_caller]
     pub fn start(runtime: Runtime, bundle: Bundle, id: &str) -> Self {
+        Self::start_with(runtime, bundle, id, &[])
+    }
+
+    /// With more options of `ctr run`.
+    #[track_caller]
+    pub fn start_with(runtime: Runtime, bundle: Bundle, id: &str, options: &[&str]) -> Self {
         let config = bundle.write();
-        let argv = [
-            "ctr",
-            "run",
-            "-d",
-            "--runtime",
-            runtime.name(),
-            "--config",
-            config.to_str().unwrap(),
-            id,
-        ];
+        let mut argv = vec!["ctr", "run", "-d", "--runtime", runtime.name()];
+        argv.extend(options);
+        argv.extend(["--config", config.to_str().unwrap(), id]);
         // What is left of it is removed when its start fails, too.
         let this = Self {
             id: id.to_owned(),
@@ -164,6 +167,34 @@ impl Drop for Container {
         run(&["ctr", "task", "rm", "-f", &self.id]);
         run(&["ctr", "container", "rm", &self.id]);
     }
+}
+
+/// A container at 10.9.0.2 and 2001:db8:9::2, with the host at .1.
+#[track_caller]
+pub fn connected(runtime: Runtime, name: &str, mtu: u32) -> (Netns, Container) {
+    connected_with(runtime, name, mtu, json!(["sleep", "1000"]))
+}
+
+/// As [`connected`] under husk, with `probe serve` at port 7000.
+#[track_caller]
+pub fn serving(name: &str, mtu: u32) -> (Netns, Container) {
+    let both = connected_with(Runtime::Husk, name, mtu, json!(["probe", "serve", "7000"]));
+    // It answers from here on.
+    connect(([10, 9, 0, 2], 7000).into(), Order::Give(0)).unwrap();
+    both
+}
+
+#[track_caller]
+fn connected_with(runtime: Runtime, name: &str, mtu: u32, args: Value) -> (Netns, Container) {
+    let netns = Netns::new(&format!("husk-{name}"));
+    netns.nic("eth0", "hk-eth0", mtu);
+    sh("ip addr add 10.9.0.1/24 dev hk-eth0; ip addr add 2001:db8:9::1/64 dev hk-eth0 nodad");
+    netns.sh("ip addr add 10.9.0.2/24 dev eth0; ip addr add 2001:db8:9::2/64 dev eth0 nodad; ip route add default via 10.9.0.1");
+    let id = format!("{name}-{runtime:?}").to_lowercase();
+    let mut bundle = Container::bundle(&id, Some(&netns.path()));
+    bundle.spec["process"]["args"] = args;
+    let container = Container::start(runtime, bundle, &id);
+    (netns, container)
 }
 
 /// What iproute2 shows, as far as it is to be the same under each runtime.

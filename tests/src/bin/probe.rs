@@ -1,9 +1,12 @@
 //! What a test does inside a container and no shell can: `probe NAME ARGUMENT…` makes one system call and prints
 //! what became of it, `NAME = RESULT` or `NAME: ERRNO`. An argument is a number (decimal or 0x…) or, failing that,
 //! a string, of which the call gets the address. `scheduler`, `clocks` and `watch DIRECTORY` tell what takes more than
-//! one call. Static, so that it runs in any root file system.
+//! one call; `serve PORT`, `send ADDRESS:PORT BYTES` and `fetch ADDRESS:PORT BYTES` are the two ends of traffic that is
+//! checked (husk_tests::traffic). Static, so that it runs in any root file system.
 
 use std::ffi::CString;
+
+use husk_tests::traffic::{fetch, send, serve};
 
 const CALLS: &[(&str, libc::c_long)] = &[
     ("add_key", libc::SYS_add_key),
@@ -36,6 +39,13 @@ fn main() {
     match name.as_str() {
         "scheduler" => scheduler(),
         "watch" => watch(&arguments.next().unwrap_or_default()),
+        "serve" | "send" | "fetch" => match traffic(&name, &arguments.collect::<Vec<_>>()) {
+            Ok(told) => println!("{told}"),
+            Err(error) => {
+                eprintln!("probe: {name}: {error}");
+                std::process::exit(1);
+            }
+        },
         "clocks" => {
             println!("monotonic {}", seconds(libc::CLOCK_MONOTONIC));
             println!("boottime {}", seconds(libc::CLOCK_BOOTTIME));
@@ -47,6 +57,18 @@ fn main() {
                 std::process::exit(2);
             }
         },
+    }
+}
+
+fn traffic(name: &str, words: &[String]) -> Result<u64, Box<dyn std::error::Error>> {
+    match (name, words) {
+        ("serve", [port]) => {
+            serve(port.parse()?)?;
+            Ok(0)
+        }
+        ("send", [to, count]) => Ok(send(to.parse()?, count.parse()?)?),
+        ("fetch", [from, count]) => Ok(fetch(from.parse()?, count.parse()?)?),
+        _ => Err("serve PORT, send ADDRESS:PORT BYTES or fetch ADDRESS:PORT BYTES".into()),
     }
 }
 

@@ -17,7 +17,7 @@ use husk_netlink::{Request, Socket, kind};
 
 use self::{
     filter::Fate,
-    view::{Link, Nic, View},
+    view::{Link, Nic, Obstacle, View},
 };
 use super::{namespaces::Namespace, netns::within};
 
@@ -70,6 +70,11 @@ pub struct Size {
 /// Spare NICs of a machine whose network is still empty.
 const SPARE: usize = 2;
 
+/// How many frames wait in each queue of a tap for the guest; what is more is dropped. As many as Linux gives a NIC, and the
+/// same as it holds back for each CPU (`net.core.netdev_max_backlog`): what one passes on in one go, the next can take. A
+/// tap's own default is half of it.
+const QUEUE_LENGTH: u32 = 1000;
+
 /// Why there is no network.
 #[derive(Debug, thiserror::Error)]
 pub enum NetworkError {
@@ -85,6 +90,14 @@ pub enum NetworkError {
         count: usize,
         /// Most that a machine can have.
         most: usize,
+    },
+    /// A guest cannot have it.
+    #[error("NIC {name} of the network namespace cannot be shown to the guest: {why}")]
+    Unfit {
+        /// The NIC on the host.
+        name: String,
+        /// What is in the way.
+        why: Obstacle,
     },
     /// Two machines cannot have the same NICs.
     #[error(
@@ -154,7 +167,7 @@ impl Network {
             filter::set(&mut this.socket, slot.tap, Fate::Drop)
                 .and_then(|()| {
                     this.socket
-                        .request(&changed(slot.tap, None))
+                        .request(&changed(slot.tap, None).with_u32(libc::IFLA_TXQLEN, QUEUE_LENGTH))
                         .map_err(io::Error::from)
                 })
                 .map_err(host("cannot set up a tap"))?;
@@ -178,6 +191,10 @@ impl Network {
     /// What could not be done.
     pub fn follow(&mut self, most: usize) -> Result<Followed, NetworkError> {
         let links = view::links(&mut self.socket).map_err(host("cannot list the NICs"))?;
+        let unfit = links.iter().find_map(|link| {
+            let (name, why) = (link.nic.name.clone(), link.obstacle.clone()?);
+            Some(NetworkError::Unfit { name, why })
+        });
         let mut nics: Vec<Nic> = links
             .into_iter()
             .filter(|link| link.is_nic)
@@ -190,7 +207,7 @@ impl Network {
                 self.unwire(number)?;
             }
         }
-        let mut left_out = None;
+        let mut left_out = unfit;
         for nic in &nics {
             let free = || self.slots.iter().position(|slot| slot.wired.is_none());
             match self.slot_of(nic.index).or_else(free) {

@@ -66,6 +66,7 @@ fn nics_are_wired_and_nothing_is_left() {
     // The address and, of IPv6, the link-local one.
     assert_eq!(view.addresses.len(), 2);
     assert_eq!(network.follow(8).unwrap().view, view);
+    assert!(sh(&inside, "ip -o link show husk-tap0").contains("qlen 1000"));
     assert!(matches!(Network::open(&inside, SIZE), Err(NetworkError::Taken(name)) if name == "husk-tap0"));
     drop((network, taps));
     clear(&inside).unwrap();
@@ -170,6 +171,40 @@ fn late_nics_take_the_spare_ones() {
     assert_eq!(network.follow(8).unwrap().view.nics, []);
     sh(&inside, "ip link add eth0 type veth peer name eth9");
     assert_eq!(network.follow(8).unwrap().view.nics.len(), 2);
+}
+
+#[test]
+fn nics_that_a_guest_cannot_have_are_named() {
+    let names = |inside: &Namespace| {
+        let links = within(inside, Socket::new).map(|mut socket| view::links(&mut socket).unwrap());
+        let nics = links.unwrap().into_iter().filter(|link| link.is_nic);
+        nics.map(|link| link.nic.name).collect::<Vec<_>>()
+    };
+    for (shape, word) in [
+        ("ip link add eth1 link eth0 type macvlan", "lies on eth0"),
+        (
+            "ip tuntap add eth1 mode tun; ip link set eth1 up",
+            "no Ethernet device",
+        ),
+    ] {
+        let (inside, _outside) = pair();
+        sh(&inside, shape);
+        assert_eq!(names(&inside), ["eth0"], "{shape}");
+        let error = Network::open(&inside, SIZE).unwrap_err().to_string();
+        assert!(error.contains("NIC eth1 ") && error.contains(word), "{error}");
+        clear(&inside).unwrap();
+        assert_eq!(ours(&inside), "");
+    }
+    // One on a NIC that is elsewhere, and one that is down.
+    let (inside, outside) = pair();
+    let path = format!("/proc/{}/fd/{}", std::process::id(), inside.fd.as_raw_fd());
+    sh(
+        &outside,
+        &format!("ip link add eth1 link p0 netns {path} type macvlan"),
+    );
+    assert_eq!(names(&inside), ["eth0", "eth1"]);
+    sh(&inside, "ip tuntap add tun0 mode tun");
+    assert_eq!(Network::open(&inside, SIZE).unwrap().2.nics.len(), 2);
 }
 
 #[test]

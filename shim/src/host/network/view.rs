@@ -63,9 +63,36 @@ pub struct View {
 pub struct Link {
     /// What there would be of it as a NIC.
     pub nic: Nic,
-    /// It is one.
+    /// It is one that a guest can have.
     pub is_nic: bool,
+    /// Why a guest cannot have it, though a container would.
+    pub obstacle: Option<Obstacle>,
 }
+
+/// Why a link cannot be shown to a guest.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Obstacle {
+    /// It has no frames that a machine's NIC could take.
+    #[error("it is no Ethernet device (its kind is {0:?}), and the machine has no others")]
+    NotEthernet(String),
+    /// The kernel hands packets to the namespace's stack as if they came from another device.
+    #[error(
+        "it is an ipvlan in mode l3s, whose packets pass the device by; use the modes l2 or l3, or a macvlan"
+    )]
+    L3s,
+    /// What is for it goes to the guest with all else that arrives at the other.
+    #[error(
+        "it lies on {0} of the same namespace, which is the guest's; leave {0} on the host, or make the device in the container"
+    )]
+    OnAnother(String),
+}
+
+/// Kinds of links that share another one, its `IFLA_LINK`.
+const UPPER: [&str; 6] = ["vlan", "macvlan", "macvtap", "ipvlan", "ipvtap", "macsec"];
+
+/// `IFLA_IPVLAN_MODE` and `IPVLAN_MODE_L3S` (`linux/if_link.h`).
+const IPVLAN_MODE: u16 = 1;
+const L3S: u16 = 2;
 
 /// Lists the links but loopback.
 ///
@@ -73,12 +100,25 @@ pub struct Link {
 /// The kernel's.
 pub fn links(socket: &mut Socket) -> io::Result<Vec<Link>> {
     let list = socket.dump(&Request::new(libc::RTM_GETLINK, 0, &[0; kind::LINK_HEADER]))?;
-    let mut links: Vec<Link> = list.iter().filter_map(link).collect();
+    let found: Vec<(Link, Option<u32>)> = list.iter().filter_map(link).collect();
+    let lower = |(_, lower): &(Link, Option<u32>)| {
+        let on = found.iter().find(|(link, _)| Some(link.nic.index) == *lower);
+        on.filter(|(link, _)| link.is_nic)
+            .map(|(link, _)| link.nic.name.clone())
+    };
+    let lowers: Vec<Option<String>> = found.iter().map(lower).collect();
+    let mut links: Vec<Link> = found.into_iter().map(|(link, _)| link).collect();
+    for (link, lower) in links.iter_mut().zip(lowers) {
+        let lower = lower.filter(|_| link.is_nic).map(Obstacle::OnAnother);
+        link.obstacle = link.obstacle.take().or(lower);
+        link.is_nic &= link.obstacle.is_none();
+    }
     links.sort_unstable_by_key(|link| link.nic.index);
     Ok(links)
 }
 
-fn link(message: &Message) -> Option<Link> {
+/// A link, and the number of the one in its namespace that it lies on.
+fn link(message: &Message) -> Option<(Link, Option<u32>)> {
     let hardware = u16_at(&message.body, 2)?;
     let mut nic = Nic {
         index: u32_at(&message.body, 4)?,
@@ -87,6 +127,9 @@ fn link(message: &Message) -> Option<Link> {
     };
     let mut is_nic = hardware == ETHERNET && nic.index != LOOPBACK;
     let mut has_mac = false;
+    let mut has_master = false;
+    let (mut lower, mut lower_is_elsewhere) = (None, false);
+    let (mut kind, mut mode) = (String::new(), None);
     for found in message.attributes(kind::LINK_HEADER) {
         match found.kind {
             libc::IFLA_IFNAME => nic.name = found.text()?.to_owned(),
@@ -99,19 +142,41 @@ fn link(message: &Message) -> Option<Link> {
             libc::IFLA_MTU => nic.mtu = found.u32()?,
             libc::IFLA_TXQLEN => nic.queue_length = found.u32()?,
             // What arrives there is its master's.
-            libc::IFLA_MASTER => is_nic = false,
+            libc::IFLA_MASTER => has_master = true,
+            libc::IFLA_LINK => lower = found.u32(),
+            libc::IFLA_LINK_NETNSID => lower_is_elsewhere = true,
             libc::IFLA_LINKINFO => {
-                let named = found.nested().find(|inner| inner.kind == libc::IFLA_INFO_KIND);
-                let kind = named.and_then(|inner| inner.text()).unwrap_or_default();
-                let up = nic.flags & libc::IFF_UP as u32 != 0;
-                is_nic &= up || !FALLBACKS.contains(&kind);
+                for inner in found.nested() {
+                    match inner.kind {
+                        libc::IFLA_INFO_KIND => inner.text()?.clone_into(&mut kind),
+                        libc::IFLA_INFO_DATA => {
+                            let found = inner.nested().find(|data| data.kind == IPVLAN_MODE);
+                            mode = found.and_then(|data| u16_at(data.data, 0));
+                        }
+                        _ => {}
+                    }
+                }
             }
             libc::IFLA_AF_SPEC => families(&found, &mut nic),
             _ => {}
         }
     }
-    is_nic &= has_mac && !nic.name.starts_with(tap::NAME);
-    (nic.index != LOOPBACK).then_some(Link { nic, is_nic })
+    let is_up = nic.flags & libc::IFF_UP as u32 != 0;
+    let is_ours = nic.name.starts_with(tap::NAME);
+    is_nic &= has_mac && !has_master && !is_ours && (is_up || !FALLBACKS.contains(&kind.as_str()));
+    let mut obstacle = None;
+    if hardware != ETHERNET && is_up && !has_master {
+        obstacle = Some(Obstacle::NotEthernet(kind.clone()));
+    } else if is_nic && kind == "ipvlan" && mode == Some(L3S) {
+        obstacle = Some(Obstacle::L3s);
+    }
+    let lower = lower.filter(|_| !lower_is_elsewhere && UPPER.contains(&kind.as_str()));
+    let link = Link {
+        nic,
+        is_nic,
+        obstacle,
+    };
+    (link.nic.index != LOOPBACK).then_some((link, lower))
 }
 
 /// Settings by their places in `IFLA_INET_CONF`, counted from 1, and in `IFLA_INET6_CONF`, counted from 0
