@@ -9,12 +9,13 @@ use crate::cpu::vcpu::{self, SetUpError, Stop};
 use crate::fds::Fds;
 use crate::irq::ioapic::{IoApic, Router};
 use crate::irq::{self, CONTROLLERS, Controllers};
+use crate::lockdown::seccomp::{self, Role};
 use crate::lockdown::{self, LockdownError};
 use crate::memory::{self, Memory, MemoryError};
 use crate::virtio::device::{Device, Interrupt};
 use crate::virtio::mmio::{Transport, register};
 use crate::virtio::{console, fs, net, rng, vsock};
-use crate::{info, layout};
+use crate::{info, layout, log};
 use husk_vmm_protocol::config::{MAX_NICS, MachineConfig, NicConfig};
 use husk_vmm_protocol::control::{EndReason, Report};
 use husk_vmm_protocol::vsock::GUEST_CID;
@@ -24,10 +25,10 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
-use std::sync::Arc;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Sender};
+use std::sync::{Arc, Barrier};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// Tag of the share's file system.
@@ -202,10 +203,22 @@ pub fn run(fds: Fds, control: &Control) -> Result<End, MachineError> {
 
     let ended = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(MachineError::Event)?;
     let (stopped, stops) = mpsc::channel();
+    // No vCPU runs before all threads are limited.
+    let start = Arc::new(Barrier::new(vcpus.len().saturating_add(1)));
     for (index, vcpu) in (0u8..).zip(vcpus) {
-        start_vcpu(index, vcpu, Arc::clone(&bus), stopped.clone(), &ended)?;
+        let thread = VcpuThread {
+            vcpu,
+            vm: vm.as_raw_fd(),
+            bus: Arc::clone(&bus),
+            start: Arc::clone(&start),
+            stopped: stopped.clone(),
+            ended: ended.try_clone().map_err(MachineError::Event)?,
+        };
+        thread.spawn(index)?;
     }
     drop(stopped);
+    seccomp::limit("main", &Role::Main).map_err(LockdownError::from)?;
+    start.wait();
     control.report(&Report::Running)?;
 
     // SAFETY: `ended` lives to the end of this function.
@@ -373,24 +386,45 @@ fn create_vcpu(
     Ok(vcpu)
 }
 
-/// Starts a thread that runs `vcpu`, tells why it stopped, and then makes `ended` readable.
-fn start_vcpu(
-    index: u8,
-    mut vcpu: VcpuFd,
+/// What a vCPU's thread works with.
+struct VcpuThread {
+    vcpu: VcpuFd,
+    vm: RawFd,
     bus: Arc<Bus>,
+    /// Waits for all threads to be limited.
+    start: Arc<Barrier>,
+    /// Told why the vCPU stopped, before `ended` becomes readable.
     stopped: Sender<(u8, Stop)>,
-    ended: &EventFd,
-) -> Result<(), MachineError> {
-    let ended = ended.try_clone().map_err(MachineError::Event)?;
-    std::thread::Builder::new()
-        .name(format!("vcpu{index}"))
-        .spawn(move || {
-            let stop = vcpu::run(&mut vcpu, &bus);
-            info!("vCPU {index} stops: {stop:?}");
-            // The receiver lives as long as the process, and the counter is far from full.
-            let _ = stopped.send((index, stop));
-            let _ = ended.write(1);
-        })
-        .map_err(MachineError::Thread)?;
-    Ok(())
+    ended: EventFd,
+}
+
+impl VcpuThread {
+    /// Starts it.
+    fn spawn(mut self, index: u8) -> Result<(), MachineError> {
+        let name = format!("vcpu{index}");
+        std::thread::Builder::new()
+            .name(name.clone())
+            .spawn(move || {
+                let role = Role::Vcpu {
+                    vcpu: self.vcpu.as_raw_fd(),
+                    vm: self.vm,
+                };
+                let limited = seccomp::limit(&name, &role);
+                self.start.wait();
+                let stop = match limited {
+                    Ok(()) => vcpu::run(&mut self.vcpu, &self.bus),
+                    Err(e) => Stop::NotLimited(log::chain(&e)),
+                };
+                info!("vCPU {index} stops: {stop:?}");
+                // The receiver lives as long as the process, and the counter is far from full.
+                let _ = self.stopped.send((index, stop));
+                let _ = self.ended.write(1);
+                // The end of a thread takes system calls that this one has not. That of the process comes.
+                loop {
+                    std::thread::park();
+                }
+            })
+            .map_err(MachineError::Thread)?;
+        Ok(())
+    }
 }

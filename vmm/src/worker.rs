@@ -2,6 +2,7 @@
 //! machine that is locked in makes none.
 
 use crate::error;
+use crate::lockdown::seccomp::{self, Device, Role};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
@@ -169,16 +170,29 @@ pub struct Thread {
 }
 
 impl Thread {
-    /// Starts a thread called `name` (at most 15 bytes).
+    /// Starts a thread called `name` (at most 15 bytes), which makes no system calls but those of `device`.
     ///
     /// # Errors
-    /// When no thread or descriptor is to be had.
-    pub fn new(name: &str) -> io::Result<Self> {
+    /// When no thread or descriptor is to be had, or the thread cannot be limited.
+    pub fn new(name: &str, device: Device) -> io::Result<Self> {
         let stop = Arc::new(EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?);
         let (jobs, to_do) = channel::<Job>();
-        let thread = std::thread::Builder::new()
-            .name(name.to_owned())
-            .spawn(move || to_do.into_iter().for_each(|job| job()))?;
+        let (tell, told) = channel();
+        let own_name = name.to_owned();
+        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+            #[cfg(test)]
+            crate::lockdown::violation::watch().unwrap();
+            let limited = seccomp::limit(&own_name, &Role::Device(device));
+            let is_limited = limited.is_ok();
+            // Whoever starts the thread waits for this.
+            let _ = tell.send(limited);
+            if is_limited {
+                to_do.into_iter().for_each(|job| job());
+            }
+        })?;
+        told.recv()
+            .map_err(|_| io::Error::other("the thread is gone"))?
+            .map_err(io::Error::other)?;
         Ok(Self {
             name: name.to_owned(),
             jobs: Some(jobs),
@@ -322,7 +336,7 @@ mod tests {
         use std::io::Write;
         let (ours, mut theirs) = std::os::unix::net::UnixStream::pair().unwrap();
         let (tell, told) = channel();
-        let thread = Thread::new("test").unwrap();
+        let thread = Thread::new("test", Device::Vsock).unwrap();
         let counter = Counter {
             socket: ours,
             seen: vec![],
@@ -343,7 +357,7 @@ mod tests {
         use std::io::Write;
         let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
         let (tell, told) = channel();
-        let thread = Thread::new("test").unwrap();
+        let thread = Thread::new("test", Device::Vsock).unwrap();
         let counter = Counter {
             socket: ours,
             seen: vec![],
@@ -364,7 +378,7 @@ mod tests {
 
     #[test]
     fn one_that_cannot_be_made_says_why_and_leaves_the_thread_to_others() {
-        let thread = Thread::new("test").unwrap();
+        let thread = Thread::new("test", Device::Vsock).unwrap();
         let failed = thread.serve(|| Err::<Counter, _>(io::Error::other("no timer")));
         assert_eq!(failed.unwrap_err().to_string(), "no timer");
         let (socket, _theirs) = std::os::unix::net::UnixStream::pair().unwrap();

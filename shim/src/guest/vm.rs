@@ -382,7 +382,10 @@ impl Machine {
         }
         let _ = timeout(LAST_WORDS, async {
             while let Some(report) = self.report(&control).await {
-                if let Ok(report @ (Report::Ended { .. } | Report::Failed { .. })) = report {
+                if let Ok(
+                    report @ (Report::Ended { .. } | Report::Failed { .. } | Report::Violation { .. }),
+                ) = report
+                {
                     told = Some(reason_of(&report));
                 }
             }
@@ -438,5 +441,15 @@ fn reason_of(report: &Report) -> String {
             reason: EndReason::TripleFault,
         } => "the guest's CPU had a triple fault".into(),
         Report::Failed { message } => printable(message),
+        Report::Violation { thread, system_call } => {
+            let call = husk_syscalls::name(*system_call).map_or_else(
+                || system_call.to_string(),
+                |name| format!("{name} ({system_call})"),
+            );
+            format!(
+                "husk-vmm was ended: its thread {} made the system call {call}, which is forbidden to it",
+                printable(thread)
+            )
+        }
     }
 }

@@ -21,6 +21,14 @@ pub enum Report {
         /// The chain of causes in one line.
         message: String,
     },
+    /// A thread of the VMM made a system call that it has no use for, as only hostile code in it would. The call was not
+    /// carried out, and the VMM has ended.
+    Violation {
+        /// Name of the thread.
+        thread: String,
+        /// Number of the system call (x86_64).
+        system_call: u32,
+    },
 }
 
 /// Why a machine ended.

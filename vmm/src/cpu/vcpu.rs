@@ -41,6 +41,9 @@ pub enum Stop {
     /// The guest ended.
     #[error("the guest has ended")]
     Ended(EndReason),
+    /// Its thread's system calls could not be limited.
+    #[error("{0}")]
+    NotLimited(String),
     /// KVM could not enter the guest.
     #[error("KVM could not enter the guest: hardware reason {reason:#x} on CPU {cpu}, rip {rip:#x}")]
     FailEntry {

@@ -3,6 +3,7 @@
 use super::buffers::retry;
 use super::device::{ActivateError, Activation, ActiveQueue, Device, Interrupt};
 use super::requests;
+use crate::lockdown::seccomp;
 use crate::memory::Memory;
 use crate::warning;
 use crate::worker::{Handler, Poll, READABLE, Thread, WRITABLE, Worker, WorkerError};
@@ -86,7 +87,7 @@ impl Console {
                 state,
                 gone: false,
             }),
-            thread: Thread::new("console")?,
+            thread: Thread::new("console", seccomp::Device::Console)?,
             worker: None,
         })
     }

@@ -3,6 +3,7 @@
 use super::buffers::retry;
 use super::device::{ActivateError, Activation, ActiveQueue, Device, Interrupt};
 use super::requests;
+use crate::lockdown::seccomp;
 use crate::memory::Memory;
 use crate::warning;
 use crate::worker::{Handler, Poll, READABLE, Thread, Worker, WorkerError};
@@ -37,7 +38,7 @@ impl Rng {
     /// When it cannot have a thread.
     pub fn new() -> io::Result<Self> {
         Ok(Self {
-            thread: Thread::new("rng")?,
+            thread: Thread::new("rng", seccomp::Device::Rng)?,
             worker: None,
         })
     }

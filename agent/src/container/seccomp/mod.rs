@@ -10,7 +10,6 @@
 //!   C library falls back to what it did before there was that call.
 
 mod bpf;
-mod syscalls;
 
 use std::collections::BTreeMap;
 
@@ -20,10 +19,9 @@ use oci_spec::runtime::{
     LinuxSyscall,
 };
 
-use self::{
-    bpf::{Comparison, Condition, Ranges, Rule, Verdict},
-    syscalls::{Abi, X32_BIT},
-};
+use husk_syscalls::{self as syscalls, Abi, X32_BIT};
+
+use self::bpf::{Comparison, Condition, Ranges, Rule, Verdict};
 use crate::{fault::Fault, sys};
 
 const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;

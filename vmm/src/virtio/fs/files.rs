@@ -9,8 +9,8 @@ const RESERVED: u64 = 256;
 
 /// Readies the process for the guest's files: as many descriptors as it may have (each file that the guest opens
 /// takes one), and no signal for a write beyond the largest size that RLIMIT_FSIZE allows, which would end the VMM
-/// instead of being the guest's error.
-pub fn ready_process() {
+/// instead of being the guest's error. Gives how many files the guest may have open.
+pub fn ready_process() -> usize {
     let mut limit = libc::rlimit {
         rlim_cur: 0,
         rlim_max: 0,
@@ -24,6 +24,7 @@ pub fn ready_process() {
         }
         libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
     }
+    usize::try_from(limit.rlim_cur.saturating_sub(RESERVED)).unwrap_or(usize::MAX)
 }
 
 /// Why a file cannot be kept.
@@ -47,22 +48,9 @@ pub struct Files {
     limit: usize,
 }
 
-impl Default for Files {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
 impl Files {
-    /// None, with room for as many as the process may have.
-    pub fn new() -> Self {
-        let mut limit = libc::rlimit {
-            rlim_cur: 0,
-            rlim_max: 0,
-        };
-        // SAFETY: `limit` lives through the call. If it failed there would be room for none.
-        unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) };
-        let limit = usize::try_from(limit.rlim_cur.saturating_sub(RESERVED)).unwrap_or(usize::MAX);
+    /// None, with room for `limit`.
+    pub fn new(limit: usize) -> Self {
         Self {
             open: HashMap::new(),
             limit,
@@ -117,7 +105,7 @@ fn is_regular(file: BorrowedFd<'_>) -> bool {
     // SAFETY: stat is plain integers, for which zero is valid.
     let mut stat: libc::stat = unsafe { std::mem::zeroed() };
     // SAFETY: `stat` has room for what is written and lives through the call.
-    let result = unsafe { libc::fstat(file.as_raw_fd(), &raw mut stat) };
+    let result = unsafe { libc::syscall(libc::SYS_fstat, file.as_raw_fd(), &raw mut stat) };
     if result < 0 {
         let error = io::Error::last_os_error();
         crate::warning!("fs: a file cannot be looked at: {error}");
@@ -137,7 +125,7 @@ mod tests {
         let path = dir.path().join("f");
         std::fs::write(&path, "x").unwrap();
         let open = |path: &std::path::Path| OwnedFd::from(File::open(path).unwrap());
-        let mut files = Files::new();
+        let mut files = Files::new(ready_process());
         files.enter(1, open(&path)).unwrap();
         assert!(matches!(files.enter(1, open(&path)), Err(FileError::Twice(1))));
         assert!(matches!(

@@ -17,9 +17,11 @@ pub mod worker;
 #[cfg(test)]
 mod fs_test;
 
+use crate::lockdown::seccomp;
 use crate::virtio::device::{ActivateError, Activation, ActiveQueue, Device};
 use crate::worker::{Thread, Worker};
 use channel::Channel;
+use files::Files;
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -52,6 +54,8 @@ pub struct Fs {
     tag: String,
     /// `struct virtio_fs_config`: the tag, zero-padded, and the number of request queues.
     config: [u8; MAX_TAG_LEN + 4],
+    /// How many files the guest may have open.
+    max_files: usize,
     /// The way to the server, when no worker has it.
     channel: Option<Channel>,
     thread: Thread,
@@ -65,7 +69,7 @@ impl Fs {
     /// # Errors
     /// When it cannot have a thread.
     pub fn new(tag: &str, channel: OwnedFd) -> io::Result<Self> {
-        files::ready_process();
+        let max_files = files::ready_process();
         let mut config = [0; MAX_TAG_LEN + 4];
         let (name, queues) = config.split_at_mut(MAX_TAG_LEN);
         for (to, from) in name.iter_mut().zip(tag.bytes()) {
@@ -77,8 +81,9 @@ impl Fs {
         Ok(Self {
             tag: tag.to_owned(),
             config,
+            max_files,
             channel: Some(Channel::new(channel)),
-            thread: Thread::new("fs")?,
+            thread: Thread::new("fs", seccomp::Device::Fs)?,
             worker: None,
         })
     }
@@ -142,8 +147,19 @@ impl Device for Fs {
                 .set_event_idx(activation.features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);
         }
         let channel = self.channel.take().ok_or(ActivateError::HostEnd)?;
-        let worker = FsWorker::new(activation.memory, queues, activation.interrupt, channel);
-        let worker = self.thread.serve(|| Ok(worker)).map_err(ActivateError::Worker)?;
+        let (memory, interrupt, max_files) = (activation.memory, activation.interrupt, self.max_files);
+        let worker = self
+            .thread
+            .serve(move || {
+                Ok(FsWorker::new(
+                    memory,
+                    queues,
+                    interrupt,
+                    channel,
+                    Files::new(max_files),
+                ))
+            })
+            .map_err(ActivateError::Worker)?;
         self.worker = Some(worker);
         Ok(())
     }

@@ -71,7 +71,13 @@ pub(super) enum Outcome {
 
 impl FsWorker {
     /// Serves the queues (urgent, requests) through `channel`.
-    pub fn new(memory: Memory, queues: [ActiveQueue; 2], interrupt: Interrupt, channel: Channel) -> Self {
+    pub fn new(
+        memory: Memory,
+        queues: [ActiveQueue; 2],
+        interrupt: Interrupt,
+        channel: Channel,
+        files: Files,
+    ) -> Self {
         Self {
             memory: Arc::new(memory),
             queues,
@@ -80,7 +86,7 @@ impl FsWorker {
             channel,
             alive: true,
             outstanding: HashMap::new(),
-            files: Files::new(),
+            files,
             packet: Vec::with_capacity(HEADER_LEN + MAX_REQUEST_LEN),
             waiting: None,
             owed: VecDeque::new(),

@@ -17,6 +17,7 @@ pub mod worker;
 #[cfg(test)]
 mod tests;
 
+use crate::lockdown::seccomp;
 use crate::virtio::device::{ActivateError, Activation, ActiveQueue, Device};
 use crate::warning;
 use crate::worker::{Thread, Worker};
@@ -144,7 +145,7 @@ impl Net {
             offload: offloads,
             restored_pairs: state.active_pairs,
             threads: (0..pairs)
-                .map(|index| Thread::new(&format!("{name}.{index}")))
+                .map(|index| Thread::new(&format!("{name}.{index}"), seccomp::Device::Net))
                 .collect::<io::Result<_>>()?,
             bells: (0..pairs)
                 .map(|_| EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK))

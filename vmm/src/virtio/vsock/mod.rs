@@ -16,6 +16,7 @@ mod connection_test;
 #[cfg(test)]
 mod tests;
 
+use crate::lockdown::seccomp;
 use crate::virtio::device::{ActivateError, Activation, ActiveQueue, Device};
 use crate::worker::{Thread, Worker};
 use muxer::Muxer;
@@ -71,7 +72,7 @@ impl Vsock {
             config: guest_cid.to_le_bytes(),
             guest_cid,
             offers: Some(Offers::new(offers)),
-            thread: Thread::new("vsock")?,
+            thread: Thread::new("vsock", seccomp::Device::Vsock)?,
             worker: None,
             again: Arc::new(EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?),
             transport_reset: Arc::new(AtomicBool::new(false)),

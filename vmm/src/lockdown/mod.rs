@@ -1,6 +1,12 @@
-//! What the VMM gives up before it runs a guest. For now: all capabilities, the chance to get any back, and being
-//! looked into. It must be called while there is but one thread: capabilities are a thread's.
+//! What the VMM gives up before it runs a guest: all capabilities and the chance to get any back, being looked into,
+//! files, ports and other processes ([`landlock`]), and at last, thread by thread, all system calls that are not needed
+//! ([`seccomp`]).
 
+pub mod landlock;
+pub mod seccomp;
+pub mod violation;
+
+use crate::{info, warning};
 use caps::CapSet;
 use std::io;
 
@@ -18,12 +24,22 @@ pub enum LockdownError {
         /// The cause.
         source: io::Error,
     },
+    /// Landlock refuses.
+    #[error("Landlock could not be used")]
+    Landlock(#[source] io::Error),
+    /// Violations could not be watched for.
+    #[error("the handler of SIGSYS could not be set")]
+    Violation(#[source] io::Error),
+    /// A thread could not be limited.
+    #[error(transparent)]
+    Seccomp(#[from] seccomp::SeccompError),
     /// A resource limit could not be set.
     #[error("a resource limit could not be set")]
     Limit(#[source] io::Error),
 }
 
-/// Gives up all that this process has not to do with.
+/// Gives up all that this process has not to do with, but for system calls. There must be but one thread: it is each
+/// thread's own, and those to come have it from this one.
 ///
 /// # Errors
 /// When any of it cannot be given up; the VMM must not run then.
@@ -37,7 +53,18 @@ pub fn enter() -> Result<(), LockdownError> {
     for set in [CapSet::Effective, CapSet::Permitted, CapSet::Inheritable] {
         caps::clear(None, set)?;
     }
-    Ok(())
+    match landlock::deny_all().map_err(LockdownError::Landlock)? {
+        0 => warning!("this host's kernel has no Landlock to lock the VMM in with"),
+        abi => info!("locked in by Landlock, ABI {abi}"),
+    }
+    one_heap();
+    violation::watch().map_err(LockdownError::Violation)
+}
+
+/// Has all threads use one heap: those of their own need mprotect(2), and cost memory.
+fn one_heap() {
+    // SAFETY: the option takes a plain number. Without it a thread would be ended when its heap grows.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
 }
 
 /// The bounding set can only be lowered with CAP_SETPCAP; a VMM that was started without it has nothing to lower

@@ -4,6 +4,7 @@
 /// What a program calls the kernel by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Abi {
+    /// 64-bit programs.
     X86_64,
     /// 32-bit programs (i386).
     X86,
@@ -32,6 +33,14 @@ pub fn number(name: &str, abi: Abi) -> Option<u32> {
     }
     .filter(|number| *number != NONE)
     .map(|number| u32::from(number) | if abi == Abi::X32 { X32_BIT } else { 0 })
+}
+
+/// The name of the system call of x86_64 that has this number.
+pub fn name(number: u32) -> Option<&'static str> {
+    let number = u16::try_from(number).ok().filter(|number| *number != NONE)?;
+    TABLE
+        .iter()
+        .find_map(|(name, [x86_64, ..])| (*x86_64 == number).then_some(*name))
 }
 
 /// By which further system call of i386 `name` can be reached, and with which first argument:
@@ -579,6 +588,8 @@ mod tests {
         ] {
             assert_eq!(number(name, Abi::X86_64).map(i64::from), Some(expected), "{name}");
         }
+        assert_eq!(name(257), Some("openat"));
+        assert_eq!((name(65_535), name(9999)), (None, None));
         assert_eq!(number("read", Abi::X86), Some(3));
         assert_eq!(number("readv", Abi::X32), Some(X32_BIT + 515));
         assert_eq!(number("chown32", Abi::X86_64), None);

@@ -1,0 +1,231 @@
+//! Which system calls each thread may make: nothing that it has no use for once it runs. The table in the README is made
+//! from these lists.
+
+use super::violation;
+use husk_vmm_protocol::fds::vmm as table;
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+    TargetArch,
+};
+use std::collections::BTreeMap;
+use std::os::fd::RawFd;
+
+/// What a thread is for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// The first one, which waits for the end.
+    Main,
+    /// Runs a vCPU.
+    Vcpu {
+        /// The vCPU's descriptor.
+        vcpu: RawFd,
+        /// The VM's.
+        vm: RawFd,
+    },
+    /// Serves a device.
+    Device(Device),
+}
+
+/// The kinds of devices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)] // What they are stands with the devices.
+pub enum Device {
+    Console,
+    Fs,
+    Net,
+    Rng,
+    Vsock,
+}
+
+/// System calls that are allowed whatever their arguments.
+type Allowed = &'static [libc::c_long];
+
+/// System calls that are allowed if one of their rules holds.
+type Rules = Vec<(libc::c_long, Vec<SeccompRule>)>;
+
+/// All threads: memory (see [`conditional_rules`] as well), locks, the clock, the log, the eventfds, the end.
+const ALL: Allowed = &[
+    libc::SYS_brk,
+    libc::SYS_clock_gettime,
+    libc::SYS_close,
+    libc::SYS_exit_group,
+    libc::SYS_futex,
+    libc::SYS_munmap,
+    libc::SYS_sched_yield,
+    libc::SYS_write,
+];
+
+const MAIN: Allowed = &[
+    libc::SYS_poll,
+    libc::SYS_recvfrom,
+    // After the process was stopped or frozen.
+    libc::SYS_restart_syscall,
+    libc::SYS_sendto,
+    // The C library's and Rust's own at the end of main.
+    libc::SYS_sigaltstack,
+];
+
+const VCPU: Allowed = &[libc::SYS_read];
+
+/// All devices: waiting, and the end of a thread.
+const DEVICE: Allowed = &[
+    libc::SYS_epoll_create1,
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_wait,
+    libc::SYS_exit,
+    libc::SYS_madvise,
+    libc::SYS_read,
+    libc::SYS_restart_syscall,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_sigaltstack,
+];
+
+const CONSOLE: Allowed = &[];
+
+const FS: Allowed = &[
+    libc::SYS_fstat,
+    // Hash maps are keyed at random.
+    libc::SYS_getrandom,
+    libc::SYS_preadv2,
+    libc::SYS_pwritev2,
+    libc::SYS_recvmsg,
+    libc::SYS_sendto,
+];
+
+const NET: Allowed = &[libc::SYS_readv, libc::SYS_writev];
+
+const RNG: Allowed = &[libc::SYS_getrandom];
+
+const VSOCK: Allowed = &[
+    libc::SYS_getsockopt,
+    libc::SYS_poll,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_sendmsg,
+    libc::SYS_shutdown,
+    libc::SYS_timerfd_create,
+    libc::SYS_timerfd_settime,
+];
+
+/// KVM's requests (`linux/kvm.h`), of type 0xae.
+const KVM_RUN: u32 = 0xae80;
+const KVM_GET_REGS: u32 = 0x8090_ae81;
+const KVM_SET_GSI_ROUTING: u32 = 0x4008_ae6a;
+
+/// Why a thread could not be locked in.
+#[derive(Debug, thiserror::Error)]
+#[error("the system calls of thread {thread} cannot be limited")]
+pub struct SeccompError {
+    /// Its name.
+    pub thread: String,
+    /// The cause.
+    #[source]
+    pub source: seccompiler::Error,
+}
+
+impl Role {
+    /// The system calls that are allowed whatever their arguments.
+    pub fn plain(&self) -> impl Iterator<Item = libc::c_long> + use<> {
+        let (kind, own): (Allowed, Allowed) = match self {
+            Self::Main => (MAIN, &[]),
+            Self::Vcpu { .. } => (VCPU, &[]),
+            Self::Device(device) => (
+                DEVICE,
+                match device {
+                    Device::Console => CONSOLE,
+                    Device::Fs => FS,
+                    Device::Net => NET,
+                    Device::Rng => RNG,
+                    Device::Vsock => VSOCK,
+                },
+            ),
+        };
+        [ALL, kind, own].into_iter().flatten().copied()
+    }
+
+    /// Requests of ioctl(2), each with the descriptor it may be made of.
+    pub fn requests(&self) -> Vec<(RawFd, u32)> {
+        let Self::Vcpu { vcpu, vm } = self else {
+            return Vec::new();
+        };
+        let mut requests = vec![
+            (*vcpu, KVM_RUN),
+            (*vcpu, KVM_GET_REGS),
+            (*vm, KVM_SET_GSI_ROUTING),
+        ];
+        // A driver that starts or resets its NIC chooses the tap's offloads.
+        requests.extend((table::TAPS..table::END).map(|tap| (tap, libc::TUNSETOFFLOAD as u32)));
+        requests
+    }
+
+    /// The filter.
+    fn filter(&self) -> Result<BpfProgram, seccompiler::BackendError> {
+        let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
+            self.plain().map(|call| (call, Vec::new())).collect();
+        rules.extend(conditional_rules(self)?);
+        let requests = self.requests();
+        if !requests.is_empty() {
+            let requests = requests.into_iter().map(|(fd, request)| {
+                SeccompRule::new(vec![
+                    equal(0, u64::from(fd.unsigned_abs()))?,
+                    equal(1, request.into())?,
+                ])
+            });
+            rules.insert(libc::SYS_ioctl, requests.collect::<Result<_, _>>()?);
+        }
+        // A call that is not carried out; its thread tells of it and ends the process (see `violation`). Code that kept
+        // it from doing so would still have gained nothing.
+        let filter = SeccompFilter::new(
+            rules,
+            SeccompAction::Trap,
+            SeccompAction::Allow,
+            TargetArch::x86_64,
+        )?;
+        filter.try_into()
+    }
+}
+
+/// Calls that may be made with some arguments: memory may be mapped, but no file, and none to be executed; whether a
+/// descriptor is open may be asked, as a debug build does before it closes one.
+fn conditional_rules(role: &Role) -> Result<Rules, seccompiler::BackendError> {
+    let protection = masked(2, !(libc::PROT_READ | libc::PROT_WRITE), 0)?;
+    let anonymous = masked(3, libc::MAP_ANONYMOUS, libc::MAP_ANONYMOUS)?;
+    let mmap = SeccompRule::new(vec![protection.clone(), anonymous])?;
+    let is_open = SeccompRule::new(vec![equal(1, u64::from(libc::F_GETFD.unsigned_abs()))?])?;
+    let mut rules = vec![(libc::SYS_mmap, vec![mmap]), (libc::SYS_fcntl, vec![is_open])];
+    // Devices work in a heap of their own where there is more than one, as in a test.
+    if matches!(role, Role::Device(_)) {
+        rules.push((libc::SYS_mprotect, vec![SeccompRule::new(vec![protection])?]));
+    }
+    Ok(rules)
+}
+
+fn equal(argument: u8, value: u64) -> Result<SeccompCondition, seccompiler::BackendError> {
+    SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value)
+}
+
+/// The bits of `mask` in the argument are those of `value`.
+fn masked(argument: u8, mask: i32, value: i32) -> Result<SeccompCondition, seccompiler::BackendError> {
+    let bits = |value: i32| u64::from(u32::from_ne_bytes(value.to_ne_bytes()));
+    let op = SeccompCmpOp::MaskedEq(bits(mask));
+    SeccompCondition::new(argument, SeccompCmpArgLen::Dword, op, bits(value))
+}
+
+/// Limits the calling thread, called `name`, to what `role` needs, for good. Threads that it starts are limited alike,
+/// but it may start none.
+///
+/// # Errors
+/// When the kernel refuses; the thread must not go on then.
+pub fn limit(name: &str, role: &Role) -> Result<(), SeccompError> {
+    let failed = |source| SeccompError {
+        thread: name.to_owned(),
+        source,
+    };
+    violation::set_thread_name(name);
+    let filter = role.filter().map_err(|e| failed(e.into()))?;
+    seccompiler::apply_filter(&filter).map_err(failed)
+}
+
+#[cfg(test)]
+#[path = "seccomp_test.rs"]
+mod tests;

@@ -1,0 +1,194 @@
+//! The limits of each thread, by what becomes of a process that oversteps them.
+
+use super::*;
+
+fn roles() -> Vec<Role> {
+    let device = [
+        Device::Console,
+        Device::Fs,
+        Device::Net,
+        Device::Rng,
+        Device::Vsock,
+    ]
+    .map(Role::Device);
+    let mut roles = vec![Role::Main, Role::Vcpu { vcpu: 40, vm: 41 }];
+    roles.extend(device);
+    roles
+}
+
+/// All system calls of a role, by number.
+fn calls(role: &Role) -> Vec<libc::c_long> {
+    let mut calls: Vec<_> = role.plain().collect();
+    calls.extend(conditional_rules(role).unwrap().into_iter().map(|(call, _)| call));
+    if !role.requests().is_empty() {
+        calls.push(libc::SYS_ioctl);
+    }
+    calls.sort_unstable();
+    calls
+}
+
+/// How a child of this process ends that is limited to `role` and then does `act`.
+fn end_of(role: &Role, act: fn()) -> i32 {
+    let mut status = 0;
+    // SAFETY: the child makes system calls only and then exits.
+    unsafe {
+        match libc::fork() {
+            0 => {
+                super::violation::watch().unwrap();
+                if limit("test", role).is_err() {
+                    libc::_exit(99);
+                }
+                act();
+                libc::_exit(0)
+            }
+            child => assert_eq!(libc::waitpid(child, &raw mut status, 0), child),
+        }
+    }
+    assert!(libc::WIFEXITED(status), "{status:#x}");
+    libc::WEXITSTATUS(status)
+}
+
+#[test]
+fn the_lists_are_short_and_hold_each_call_once() {
+    for role in roles() {
+        let calls = calls(&role);
+        let most = if matches!(role, Role::Vcpu { .. }) { 12 } else { 30 };
+        assert!(calls.len() <= most, "{role:?}: {} calls", calls.len());
+        assert!(
+            calls.windows(2).all(|pair| pair[0] < pair[1]),
+            "{role:?}: {calls:?}"
+        );
+    }
+    let mut requests: Vec<_> = roles()
+        .iter()
+        .flat_map(Role::requests)
+        .map(|(_, request)| request)
+        .collect();
+    requests.sort_unstable();
+    requests.dedup();
+    assert!(requests.len() <= 16, "{requests:x?}");
+}
+
+#[test]
+fn no_thread_opens_connects_makes_or_executes_anything() {
+    let forbidden = [
+        libc::SYS_open,
+        libc::SYS_openat,
+        libc::SYS_openat2,
+        libc::SYS_open_by_handle_at,
+        libc::SYS_creat,
+        libc::SYS_socket,
+        libc::SYS_socketpair,
+        libc::SYS_connect,
+        libc::SYS_bind,
+        libc::SYS_clone,
+        libc::SYS_clone3,
+        libc::SYS_fork,
+        libc::SYS_vfork,
+        libc::SYS_execve,
+        libc::SYS_execveat,
+        libc::SYS_mremap,
+        libc::SYS_ptrace,
+        libc::SYS_process_vm_readv,
+        libc::SYS_process_vm_writev,
+        libc::SYS_kill,
+        libc::SYS_tgkill,
+        libc::SYS_mount,
+        libc::SYS_unshare,
+        libc::SYS_setns,
+        libc::SYS_bpf,
+        libc::SYS_io_uring_setup,
+        libc::SYS_userfaultfd,
+        libc::SYS_perf_event_open,
+        libc::SYS_keyctl,
+        libc::SYS_memfd_create,
+        libc::SYS_prctl,
+        libc::SYS_rt_sigaction,
+        libc::SYS_newfstatat,
+    ];
+    for role in roles() {
+        let calls = calls(&role);
+        for call in forbidden {
+            assert!(!calls.contains(&call), "{role:?}: {call}");
+        }
+    }
+}
+
+#[test]
+fn what_is_not_allowed_ends_the_process() {
+    for role in roles() {
+        assert_eq!(end_of(&role, || {}), 0, "{role:?}");
+        // SAFETY: no pointers but valid ones are involved, nor in those below.
+        let open = end_of(&role, || unsafe {
+            libc::open(c"/etc/passwd".as_ptr(), libc::O_RDONLY);
+        });
+        assert_eq!(open, violation::EXIT_CODE, "{role:?}");
+        let socket = end_of(&role, || unsafe {
+            libc::socket(libc::AF_INET, libc::SOCK_STREAM, 0);
+        });
+        assert_eq!(socket, violation::EXIT_CODE, "{role:?}");
+    }
+}
+
+#[test]
+fn memory_is_mapped_but_neither_executed_nor_a_files() {
+    fn map(protection: i32, flags: i32) {
+        // SAFETY: a new mapping, which nothing else has.
+        unsafe { libc::mmap(std::ptr::null_mut(), 4096, protection, flags, -1, 0) };
+    }
+    let anonymous = || {
+        map(
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+        )
+    };
+    let executable = || {
+        map(
+            libc::PROT_READ | libc::PROT_EXEC,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+        )
+    };
+    let file = || map(libc::PROT_READ, libc::MAP_SHARED);
+    let protect = || {
+        let mut byte = 0u8;
+        // SAFETY: what this may change is of no more use: the process ends.
+        unsafe {
+            libc::mprotect(
+                (&raw mut byte).map_addr(|at| at & !4095).cast(),
+                4096,
+                libc::PROT_EXEC,
+            )
+        };
+    };
+    for role in roles() {
+        assert_eq!(end_of(&role, protect), violation::EXIT_CODE);
+        assert_eq!(end_of(&role, anonymous), 0);
+        assert_eq!(end_of(&role, executable), violation::EXIT_CODE);
+        assert_eq!(end_of(&role, file), violation::EXIT_CODE);
+    }
+}
+
+#[test]
+fn a_vcpu_makes_its_own_requests_of_its_own_descriptors() {
+    fn request(fd: i32, request: u32) {
+        // SAFETY: none of these descriptors is open.
+        unsafe { libc::ioctl(fd, request.into(), 0) };
+    }
+    let role = Role::Vcpu { vcpu: 400, vm: 401 };
+    assert_eq!(end_of(&role, || request(400, KVM_RUN)), 0);
+    assert_eq!(end_of(&role, || request(401, KVM_SET_GSI_ROUTING)), 0);
+    assert_eq!(end_of(&role, || request(401, KVM_RUN)), violation::EXIT_CODE);
+    assert_eq!(
+        end_of(&role, || request(400, KVM_SET_GSI_ROUTING)),
+        violation::EXIT_CODE
+    );
+    assert_eq!(
+        end_of(&role, || request(0, libc::TIOCSTI as u32)),
+        violation::EXIT_CODE
+    );
+    // 64-bit requests are those of their lower half, as the kernel sees them.
+    assert_eq!(
+        end_of(&Role::Main, || request(400, KVM_RUN)),
+        violation::EXIT_CODE
+    );
+}
