@@ -33,7 +33,7 @@ programs:
 	@install -d $(addprefix $(OUT)/,$(DIRECTORIES))
 	@install -m 755 -C $(addprefix $(TARGET)/release/,containerd-shim-husk-v2 husk) $(OUT)/bin
 	@install -m 755 -C $(addprefix $(TARGET)/release/,husk-vmm husk-fsd husk-standin) $(OUT)/libexec/husk
-	@install -m 644 -C configs/*.toml $(OUT)/share/husk
+	@install -m 644 -C configs/*.toml configs/*.json $(OUT)/share/husk
 
 .PHONY: guest-image
 guest-image: programs
@@ -85,12 +85,12 @@ e2e-programs:
 		| grep -F "\"kind\":[\"test\"]" | sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | xargs -I{} install -m 755 -C {} $(E2E)/e2e
 
 .PHONY: e2e
-e2e: build e2e-programs ## the end-to-end suites, under containerd 1.7 and 2.1
+e2e: build e2e-programs ## the end-to-end suites, under containerd 1.7 and 2.1, and Docker 26
 	@tests/run-e2e $(TESTS)
 
 .PHONY: test-long
-test-long: build e2e-programs ## what takes longer: two processors, a gigabyte of output and of traffic each way, 200 containers, the kernel built twice
-	HUSK_TEST_FLOOD_MB=1024 HUSK_TEST_SOAK=200 HUSK_CLOCK=smp tests/run-e2e
+test-long: build e2e-programs ## what takes longer: two processors, a gigabyte of output and of traffic each way, 200 containers, both Dockers, the kernel built twice
+	HUSK_TEST_FLOOD_MB=1024 HUSK_TEST_SOAK=200 HUSK_CLOCK=smp HUSK_TEST_DOCKER='trixie forky' tests/run-e2e
 	guest-image/build-kernel --check-reproducible
 
 .PHONY: bench-program

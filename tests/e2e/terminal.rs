@@ -14,7 +14,8 @@ use nix::pty::{Winsize, openpty};
 use crate::containerd::{BUSYBOX, Detached, RUNTIME};
 use crate::host;
 
-struct Terminal {
+/// A command on a pty of its own.
+pub struct Terminal {
     master: File,
     child: Child,
     output: mpsc::Receiver<Vec<u8>>,
@@ -22,7 +23,7 @@ struct Terminal {
 }
 
 impl Terminal {
-    fn start(argv: &[&str], rows: u16, columns: u16) -> Self {
+    pub fn start(argv: &[&str], rows: u16, columns: u16) -> Self {
         let size = Winsize {
             ws_row: rows,
             ws_col: columns,
@@ -69,7 +70,7 @@ impl Terminal {
     }
 
     #[track_caller]
-    fn wait_for(&mut self, text: &str) {
+    pub fn wait_for(&mut self, text: &str) {
         let end = Instant::now() + Duration::from_secs(120);
         while !self.seen.contains(text) {
             match self
@@ -85,11 +86,16 @@ impl Terminal {
         }
     }
 
-    fn type_text(&mut self, text: &str) {
+    /// All that the command has said.
+    pub fn seen(&self) -> &str {
+        &self.seen
+    }
+
+    pub fn type_text(&mut self, text: &str) {
         self.master.write_all(text.as_bytes()).unwrap();
     }
 
-    fn resize(&self, rows: u16, columns: u16) {
+    pub fn resize(&self, rows: u16, columns: u16) {
         let size = Winsize {
             ws_row: rows,
             ws_col: columns,
@@ -102,7 +108,7 @@ impl Terminal {
     }
 
     #[track_caller]
-    fn finish(mut self) -> (i32, String) {
+    pub fn finish(mut self) -> (i32, String) {
         let end = Instant::now() + Duration::from_secs(120);
         let status = loop {
             if let Some(status) = self.child.try_wait().unwrap() {

@@ -73,8 +73,8 @@ impl Root {
                     let is_directory =
                         SFlag::from_bits_truncate(fstat(&found)?.st_mode) & SFlag::S_IFMT == SFlag::S_IFDIR;
                     return match (kind, is_directory) {
-                        (Kind::Directory, false) => Err(Errno::ENOTDIR.into()),
-                        (Kind::File, true) => Err(Errno::EISDIR.into()),
+                        // What mount(2) says of either; Docker knows it and tells its user what it means.
+                        (Kind::Directory, false) | (Kind::File, true) => Err(Errno::ENOTDIR.into()),
                         _ => Ok((found, true)),
                     };
                 }
