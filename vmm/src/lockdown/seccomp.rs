@@ -193,9 +193,12 @@ fn conditional_rules(role: &Role) -> Result<Rules, seccompiler::BackendError> {
     let mmap = SeccompRule::new(vec![protection.clone(), anonymous])?;
     let is_open = SeccompRule::new(vec![equal(1, u64::from(libc::F_GETFD.unsigned_abs()))?])?;
     let mut rules = vec![(libc::SYS_mmap, vec![mmap]), (libc::SYS_fcntl, vec![is_open])];
-    // Devices work in a heap of their own where there is more than one, as in a test.
     if matches!(role, Role::Device(_)) {
+        // Devices work in a heap of their own where there is more than one, as in a test.
         rules.push((libc::SYS_mprotect, vec![SeccompRule::new(vec![protection])?]));
+        // Large buffers grow. To where, the kernel chooses.
+        let may_move = SeccompRule::new(vec![equal(3, u64::from(libc::MREMAP_MAYMOVE.unsigned_abs()))?])?;
+        rules.push((libc::SYS_mremap, vec![may_move]));
     }
     Ok(rules)
 }

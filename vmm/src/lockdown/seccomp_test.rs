@@ -87,7 +87,6 @@ fn no_thread_opens_connects_makes_or_executes_anything() {
         libc::SYS_vfork,
         libc::SYS_execve,
         libc::SYS_execveat,
-        libc::SYS_mremap,
         libc::SYS_ptrace,
         libc::SYS_process_vm_readv,
         libc::SYS_process_vm_writev,
