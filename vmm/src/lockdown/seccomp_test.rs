@@ -69,6 +69,39 @@ fn the_lists_are_short_and_hold_each_call_once() {
     assert!(requests.len() <= 16, "{requests:x?}");
 }
 
+/// The system calls of a role as the README tells of them: those with conditions in brackets.
+fn told(role: &Role) -> String {
+    let plain: Vec<_> = role.plain().collect();
+    let mut names: Vec<String> = calls(role)
+        .into_iter()
+        .map(|call| {
+            let name = husk_syscalls::name(u32::try_from(call).unwrap()).unwrap();
+            if plain.contains(&call) {
+                name.to_owned()
+            } else {
+                format!("[{name}]")
+            }
+        })
+        .collect();
+    names.sort_by_key(|name| name.trim_matches(['[', ']']).to_owned());
+    format!("{} | {}", names.len(), names.join(" "))
+}
+
+#[test]
+fn the_readme_tells_what_is_allowed() {
+    let readme = include_str!("../../../README.md");
+    let lines = roles().into_iter().map(|role| {
+        let name = match &role {
+            Role::Main => "main".to_owned(),
+            Role::Vcpu { .. } => "vcpu".to_owned(),
+            Role::Device(device) => format!("{device:?}").to_lowercase(),
+        };
+        format!("| `{name}` | {} |", told(&role))
+    });
+    let missing: Vec<_> = lines.filter(|line| !readme.contains(line)).collect();
+    assert!(missing.is_empty(), "the README lacks\n{}", missing.join("\n"));
+}
+
 #[test]
 fn no_thread_opens_connects_makes_or_executes_anything() {
     let forbidden = [
