@@ -88,6 +88,14 @@ pub enum MachineError {
         /// Queue pairs of all NICs.
         expected: usize,
     },
+    /// Some NICs would have vhost-net, others not.
+    #[error("{found} of /dev/vhost-net are open for {expected} NICs; shim and VMM must be of one version")]
+    Vhost {
+        /// Descriptors in the table.
+        found: usize,
+        /// NICs.
+        expected: usize,
+    },
     /// The CPU's leaves do not fit.
     #[error(transparent)]
     CpuId(#[from] cpuid::Full),
@@ -167,7 +175,7 @@ pub fn run(fds: Fds, control: &Control) -> Result<End, MachineError> {
         ),
         ("rng", Box::new(rng::Rng::new())),
     ];
-    for nic in nics(&config.nics, fds.taps)? {
+    for nic in nics(&config.nics, fds.taps, fds.vhost)? {
         devices.push(("net", Box::new(nic)));
     }
     let device_count = devices.len();
@@ -265,8 +273,12 @@ fn create_vm(fd: OwnedFd) -> Result<(Kvm, Arc<VmFd>), MachineError> {
 const MAX_DEVICES: usize = 4 + MAX_NICS;
 const _: () = assert!(MAX_DEVICES <= layout::VIRTIO_SLOTS);
 
-/// The NICs, each with its share of the taps.
-fn nics(configs: &[NicConfig], taps: Vec<OwnedFd>) -> Result<Vec<net::Net>, MachineError> {
+/// The NICs, each with its share of the taps and of what moves their frames.
+fn nics(
+    configs: &[NicConfig],
+    taps: Vec<OwnedFd>,
+    vhost: Vec<OwnedFd>,
+) -> Result<Vec<net::Net>, MachineError> {
     let expected = configs.iter().map(|nic| usize::from(nic.queue_pairs)).sum();
     if taps.len() != expected {
         return Err(MachineError::Taps {
@@ -274,14 +286,24 @@ fn nics(configs: &[NicConfig], taps: Vec<OwnedFd>) -> Result<Vec<net::Net>, Mach
             expected,
         });
     }
-    let mut taps = taps.into_iter();
+    if !vhost.is_empty() && vhost.len() != configs.len() {
+        return Err(MachineError::Vhost {
+            found: vhost.len(),
+            expected: configs.len(),
+        });
+    }
+    let (mut taps, mut vhost) = (taps.into_iter(), vhost.into_iter());
     configs
         .iter()
         .enumerate()
         .map(|(index, nic)| {
             let taps = taps.by_ref().take(usize::from(nic.queue_pairs)).collect();
-            net::Net::new(&format!("net{index}"), nic, taps)
-                .map_err(|source| MachineError::Device { name: "net", source })
+            let device = net::Net::new(&format!("net{index}"), nic, taps);
+            let device = match vhost.next() {
+                Some(vhost) => device.and_then(|device| device.with_vhost(vhost)),
+                None => device,
+            };
+            device.map_err(|source| MachineError::Device { name: "net", source })
         })
         .collect()
 }

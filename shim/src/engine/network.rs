@@ -104,6 +104,7 @@ pub(super) async fn plug(
         spare: config.operator.network.spare_nics.map(usize::from),
         most: MAX_NICS,
         queues: config.operator.network.queue_pairs.min(config.vcpus).max(1),
+        vhost: config.operator.network.vhost,
     };
     let own = namespace.try_clone().map_err(failed("cannot make the network"))?;
     let opened = spawn_blocking(move || {
