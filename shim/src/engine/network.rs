@@ -260,8 +260,9 @@ impl Follower {
         let Followed { view, left_out } = followed.map_err(refused)?;
         if view != self.told {
             let wire = to_wire(network, &view);
-            self.told = view;
             self.agent.set_network(wire).await?;
+            // What it could not do is asked for again, by whoever looks next.
+            self.told = view;
         }
         left_out.map_or(Ok(()), |error| Err(refused(error)))
     }
