@@ -29,8 +29,9 @@ impl Census {
         }
         for line in fs::read_to_string("/proc/self/mountinfo").unwrap().lines() {
             let place = line.split(' ').nth(4).unwrap_or("?");
-            // The host's own, which Docker keeps from the first container on that asks for it.
-            if place != "/run/docker/netns/default" {
+            // Docker keeps the host's own from the first container on that asks for it; `ip netns` makes a mount of the
+            // directory for the first name, and leaves it.
+            if !["/run/docker/netns/default", "/run/netns"].contains(&place) {
                 add(format!("mount {place}"));
             }
         }

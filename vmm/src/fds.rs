@@ -57,6 +57,8 @@ pub struct Fds {
     pub vsock: OwnedFd,
     /// The NICs' taps, in order.
     pub taps: Vec<OwnedFd>,
+    /// What moves the NICs' frames: one for each, or none.
+    pub vhost: Vec<OwnedFd>,
 }
 
 #[derive(Clone, Copy)]
@@ -104,7 +106,7 @@ pub unsafe fn take_control() -> Result<OwnedFd, FdError> {
 /// # Safety
 /// To be called once, at the start of the process, before anything else made descriptors.
 pub unsafe fn take_rest() -> Result<Fds, FdError> {
-    let taps = close_rest()?;
+    let (taps, vhost) = close_rest()?;
     // SAFETY: by the caller's promise nobody else owns them, and no number is taken twice.
     unsafe {
         Ok(Fds {
@@ -117,6 +119,9 @@ pub unsafe fn take_rest() -> Result<Fds, FdError> {
             vsock: take(table::VSOCK, "streams' channel", Kind::PacketSocket)?,
             taps: taps
                 .map(|fd| take(fd, "tap", Kind::Tap))
+                .collect::<Result<_, _>>()?,
+            vhost: vhost
+                .map(|fd| take(fd, "/dev/vhost-net", Kind::CharacterDevice))
                 .collect::<Result<_, _>>()?,
         })
     }
@@ -211,19 +216,25 @@ fn option(socket: &OwnedFd, name: i32) -> Option<i32> {
     (result == 0).then_some(value)
 }
 
-/// The engine leaves nothing open beyond the table, which ends with the taps that are there; if the next few numbers
-/// say otherwise, it is of another version. The numbers of the taps.
-fn close_rest() -> Result<Range<RawFd>, FdError> {
+/// The engine leaves nothing open beyond the taps and beyond the table; if the next few numbers say otherwise, it is of
+/// another version. The numbers of the taps and of what moves their frames.
+fn close_rest() -> Result<(Range<RawFd>, Range<RawFd>), FdError> {
     // SAFETY: no pointers are involved.
     let is_open = |fd: &RawFd| unsafe { libc::fcntl(*fd, libc::F_GETFD) } >= 0;
-    let taps = (table::TAPS..table::END).take_while(is_open).count();
-    let end = table::TAPS.saturating_add(RawFd::try_from(taps).unwrap_or(table::MAX_TAPS));
-    if let Some(fd) = (end..table::END.saturating_add(8)).find(is_open) {
+    let open = |from: RawFd, behind: RawFd| {
+        let end = (from..behind).find(|fd| !is_open(fd)).unwrap_or(behind);
+        from..end
+    };
+    let taps = open(table::TAPS, table::VHOST);
+    let vhost = open(table::VHOST, table::END);
+    let end = vhost.end;
+    let mut strays = (taps.end..table::VHOST).chain(end..table::END.saturating_add(8));
+    if let Some(fd) = strays.find(is_open) {
         return Err(FdError::TooMany(fd));
     }
     // SAFETY: nothing in this process owns a descriptor beyond the table yet.
     match unsafe { libc::syscall(libc::SYS_close_range, end, u32::MAX, 0) } {
-        0 => Ok(table::TAPS..end),
+        0 => Ok((taps, vhost)),
         _ => Err(FdError::Close(io::Error::last_os_error())),
     }
 }

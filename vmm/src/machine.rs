@@ -89,6 +89,14 @@ pub enum MachineError {
         /// Queue pairs of all NICs.
         expected: usize,
     },
+    /// Some NICs would have vhost-net, others not.
+    #[error("{found} of /dev/vhost-net are open for {expected} NICs; shim and VMM must be of one version")]
+    Vhost {
+        /// Descriptors in the table.
+        found: usize,
+        /// NICs.
+        expected: usize,
+    },
     /// The CPU's leaves do not fit.
     #[error(transparent)]
     CpuId(#[from] cpuid::Full),
@@ -171,7 +179,8 @@ pub fn run(fds: Fds, control: &Control) -> Result<End, MachineError> {
         )?,
         boxed("rng", rng::Rng::new())?,
     ];
-    for nic in nics(&config.nics, fds.taps)? {
+    let vhost = fds.vhost.len();
+    for nic in nics(&config.nics, fds.taps, fds.vhost)? {
         devices.push(("net", Box::new(nic)));
     }
     let device_count = devices.len();
@@ -209,6 +218,7 @@ pub fn run(fds: Fds, control: &Control) -> Result<End, MachineError> {
         let thread = VcpuThread {
             vcpu,
             vm: vm.as_raw_fd(),
+            vhost,
             bus: Arc::clone(&bus),
             start: Arc::clone(&start),
             stopped: stopped.clone(),
@@ -289,8 +299,12 @@ fn boxed<D: Device + 'static>(
 const MAX_DEVICES: usize = 4 + MAX_NICS;
 const _: () = assert!(MAX_DEVICES <= layout::VIRTIO_SLOTS);
 
-/// The NICs, each with its share of the taps.
-fn nics(configs: &[NicConfig], taps: Vec<OwnedFd>) -> Result<Vec<net::Net>, MachineError> {
+/// The NICs, each with its share of the taps and of what moves their frames.
+fn nics(
+    configs: &[NicConfig],
+    taps: Vec<OwnedFd>,
+    vhost: Vec<OwnedFd>,
+) -> Result<Vec<net::Net>, MachineError> {
     let expected = configs.iter().map(|nic| usize::from(nic.queue_pairs)).sum();
     if taps.len() != expected {
         return Err(MachineError::Taps {
@@ -298,14 +312,24 @@ fn nics(configs: &[NicConfig], taps: Vec<OwnedFd>) -> Result<Vec<net::Net>, Mach
             expected,
         });
     }
-    let mut taps = taps.into_iter();
+    if !vhost.is_empty() && vhost.len() != configs.len() {
+        return Err(MachineError::Vhost {
+            found: vhost.len(),
+            expected: configs.len(),
+        });
+    }
+    let (mut taps, mut vhost) = (taps.into_iter(), vhost.into_iter());
     configs
         .iter()
         .enumerate()
         .map(|(index, nic)| {
             let taps = taps.by_ref().take(usize::from(nic.queue_pairs)).collect();
-            net::Net::new(&format!("net{index}"), nic, taps)
-                .map_err(|source| MachineError::Device { name: "net", source })
+            let device = net::Net::new(&format!("net{index}"), nic, taps);
+            let device = match vhost.next() {
+                Some(vhost) => device.and_then(|device| device.with_vhost(vhost)),
+                None => device,
+            };
+            device.map_err(|source| MachineError::Device { name: "net", source })
         })
         .collect()
 }
@@ -390,6 +414,8 @@ fn create_vcpu(
 struct VcpuThread {
     vcpu: VcpuFd,
     vm: RawFd,
+    /// NICs that the host's kernel serves.
+    vhost: usize,
     bus: Arc<Bus>,
     /// Waits for all threads to be limited.
     start: Arc<Barrier>,
@@ -408,6 +434,7 @@ impl VcpuThread {
                 let role = Role::Vcpu {
                     vcpu: self.vcpu.as_raw_fd(),
                     vm: self.vm,
+                    vhost: self.vhost,
                 };
                 let limited = seccomp::limit(&name, &role);
                 self.start.wait();

@@ -36,6 +36,8 @@ pub struct Network {
     machine: Option<Machine>,
     /// What the host has asked for.
     told: wire::Network,
+    /// Some of that could not be done: it is tried again with the next change, which may be what it needs.
+    incomplete: bool,
 }
 
 /// Where the machine's NICs are that are not wired.
@@ -59,6 +61,7 @@ impl Network {
             socket: Socket::new()?,
             machine: None,
             told: wire::Network::default(),
+            incomplete: false,
         })
     }
 
@@ -96,6 +99,7 @@ impl Network {
             socket,
             machine: Some(machine),
             told: wire::Network::default(),
+            incomplete: false,
         })
     }
 
@@ -132,11 +136,13 @@ impl Network {
             ..wire::Network::default()
         };
         replay::remove(&mut self.socket, &told, &wanted);
-        let from = if changed.is_empty() { &told } else { &before };
+        let anew = self.incomplete || !changed.is_empty();
+        let from = if anew { &before } else { &told };
         faults.extend(replay::add(&mut self.socket, from, &wanted).err());
         for nic in changed {
             faults.extend(nic::release(&mut self.socket, nic).err());
         }
+        self.incomplete = !faults.is_empty();
         match faults.into_iter().next() {
             Some(fault) => Err(fault),
             None => Ok(()),

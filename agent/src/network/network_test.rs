@@ -223,6 +223,28 @@ fn changes_are_followed_and_what_containers_made_is_kept() {
     assert!(sh("ip route show").contains("default via 10.1.0.1 dev eth0 metric 7"));
 }
 
+/// A host may be looked at while somebody wires it.
+#[test]
+fn a_route_that_comes_before_its_address() {
+    let mut network = machine();
+    let whole = hosts("ip addr add 10.1.0.5/24 dev eth0; ip route add default via 10.1.0.1");
+    let mut early = whole.clone();
+    early.addresses.clear();
+    early.routes.retain(|body| body[1] == 0);
+    assert_eq!(early.routes.len(), 1);
+    let fault = network.set(early).unwrap_err().to_string();
+    assert!(fault.contains("add the route to default"), "{fault}");
+    network.set(whole.clone()).unwrap();
+    assert_eq!(
+        sh("ip route show default").trim(),
+        "default via 10.1.0.1 dev eth0"
+    );
+    // What a container has removed since stays removed.
+    sh("ip route del default");
+    network.set(whole).unwrap();
+    assert_eq!(sh("ip route show default"), "");
+}
+
 #[test]
 fn nics_come_and_go() {
     let mut network = machine();

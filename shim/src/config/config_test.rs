@@ -87,6 +87,7 @@ fn each_option_changes_something_of_its_own() {
         ("volumes.watched", "[\"/srv/*\"]"),
         ("network.spare_nics", "3"),
         ("network.queue_pairs", "2"),
+        ("network.vhost", "true"),
         ("timeouts.boot_seconds", "1"),
         ("timeouts.call_seconds", "1"),
         ("timeouts.shutdown_seconds", "1"),
@@ -180,6 +181,11 @@ fn what_is_no_toml_has_a_line_too() {
 fn options_that_contradict_each_other_are_refused() {
     let told = fault("[machine]\nmax_vcpus = 2\nvcpus = 4");
     assert_eq!(told, "husk.toml:3: machine.vcpus: is more than max_vcpus, 2");
+    let told = fault("[network]\nqueue_pairs = 2\nvhost = true");
+    assert_eq!(
+        told,
+        "husk.toml:3: network.vhost: is for NICs of one pair of queues; leave queue_pairs out"
+    );
     let told = fault("[machine]\nmax_memory_mib = 128");
     assert_eq!(
         told,

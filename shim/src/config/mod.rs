@@ -238,6 +238,8 @@ pub struct Network {
     pub spare_nics: Option<u8>,
     /// Pairs of queues of each NIC.
     pub queue_pairs: u8,
+    /// The host's kernel moves the frames (vhost-net).
+    pub vhost: bool,
 }
 
 impl Default for Network {
@@ -245,6 +247,7 @@ impl Default for Network {
         Self {
             spare_nics: None,
             queue_pairs: 1,
+            vhost: false,
         }
     }
 }

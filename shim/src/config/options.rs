@@ -38,7 +38,7 @@ const SECONDS: RangeInclusive<u64> = 1..=3600;
 const KIB: RangeInclusive<u64> = 4..=64 << 10;
 
 /// All of them, as `configs/husk.toml` lists them.
-pub const KEYS: [Key; 26] = [
+pub const KEYS: [Key; 27] = [
     key!(machine.vcpus, |c, v| c.machine.vcpus = Some(integer(v, VCPUS)?)),
     key!(machine.memory_mib, |c, v| c.machine.memory_mib = integer(v, MIB)?),
     key!(machine.memory_overhead_mib, |c, v| c
@@ -70,6 +70,7 @@ pub const KEYS: [Key; 26] = [
         Some(integer(v, 0..=MAX_NICS as u64)?)),
     key!(network.queue_pairs, |c, v| c.network.queue_pairs =
         integer(v, 1..=u64::from(MAX_QUEUE_PAIRS))?),
+    key!(network.vhost, |c, v| c.network.vhost = boolean(v)?),
     key!(timeouts.boot_seconds, |c, v| c.timeouts.boot = seconds(v)?),
     key!(timeouts.call_seconds, |c, v| c.timeouts.call = seconds(v)?),
     key!(timeouts.shutdown_seconds, |c, v| c.timeouts.shutdown =

@@ -131,6 +131,13 @@ impl Reader<'_> {
                 self.contradiction("machine", "vcpus", format!("is more than max_vcpus, {most}"));
             }
         }
+        if config.network.vhost && config.network.queue_pairs > 1 {
+            self.contradiction(
+                "network",
+                "vhost",
+                "is for NICs of one pair of queues; leave queue_pairs out".into(),
+            );
+        }
         if let Some(most) = machine.max_memory_mib {
             if machine.memory_mib > most {
                 let given = ["memory_mib", "max_memory_mib"]

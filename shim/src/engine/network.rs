@@ -104,6 +104,7 @@ pub(super) async fn plug(
         spare: config.operator.network.spare_nics.map(usize::from),
         most: MAX_NICS,
         queues: config.operator.network.queue_pairs.min(config.vcpus).max(1),
+        vhost: config.operator.network.vhost,
     };
     let own = namespace.try_clone().map_err(failed("cannot make the network"))?;
     let opened = spawn_blocking(move || {
@@ -259,8 +260,9 @@ impl Follower {
         let Followed { view, left_out } = followed.map_err(refused)?;
         if view != self.told {
             let wire = to_wire(network, &view);
-            self.told = view;
             self.agent.set_network(wire).await?;
+            // What it could not do is asked for again, by whoever looks next.
+            self.told = view;
         }
         left_out.map_or(Ok(()), |error| Err(refused(error)))
     }

@@ -244,8 +244,14 @@ pub async fn launch(
             (fds::vmm::VSOCK, channel_end),
         ],
     };
-    let queues = launch.taps.into_iter().flat_map(|tap| tap.queues);
+    let mut queues = Vec::new();
+    let mut vhost = Vec::new();
+    for tap in launch.taps {
+        queues.extend(tap.queues);
+        vhost.extend(tap.vhost);
+    }
     vmm.fds.extend((fds::vmm::TAPS..).zip(queues));
+    vmm.fds.extend((fds::vmm::VHOST..).zip(vhost));
     let fsd = Program {
         path: &launch.programs.fsd,
         fds: vec![

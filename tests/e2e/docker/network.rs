@@ -153,13 +153,17 @@ fn a_container_on_several_networks() {
         done.err()
     );
     several.sh("ping -c 2 -W 20 10.78.1.1");
+    // With all three from the beginning it does not start, and says the same.
+    docker_ok(&["kill", "several"]);
+    let done = docker(&["start", "several"]).expect_code(1);
+    assert!(done.err().contains("network.spare_nics"), "{}", done.err());
     several.remove();
     drop(networks);
     census.assert_unchanged();
 }
 
 #[test]
-fn without_a_network_and_with_the_hosts() {
+fn no_network_and_namespaces_of_the_host() {
     let census = begin();
     let done = foreground(
         &["--network", "none"],
@@ -174,6 +178,13 @@ fn without_a_network_and_with_the_hosts() {
     let done = foreground(&["--network", "host"], BUSYBOX, &["true"]).expect_code(125);
     for word in ["network", "--network host"] {
         assert!(done.err().contains(word), "{}", done.err());
+    }
+    for kind in ["pid", "ipc", "uts"] {
+        let option = format!("--{kind}=host");
+        let done = foreground(&[&option], BUSYBOX, &["true"]).expect_code(125);
+        for word in ["linux.namespaces", kind, "host"] {
+            assert!(done.err().contains(word), "{}", done.err());
+        }
     }
     assert_eq!(docker(&["ps", "-aq"]).out(), "");
     census.assert_unchanged();

@@ -11,7 +11,8 @@ use husk_tests::traffic::{self, Noise, Order};
 use serde_json::json;
 
 use super::{Container, Netns, serving, sh};
-use crate::case::Runtime;
+use crate::case::{Runtime, ctr_run_bundle};
+use crate::census::Census;
 use crate::command::{Input, Running, ok};
 use crate::host;
 use crate::operator::{Config, DEFAULT};
@@ -206,6 +207,55 @@ fn several_pairs_of_queues() {
     }
     drop(container);
     assert_eq!(netns.leftovers(), "");
+}
+
+/// The host's kernel moves the frames, and the VMM's thread only its interrupts.
+#[test]
+fn frames_moved_by_vhost_net() {
+    let _config = Config::at(DEFAULT, "[network]\nvhost = true\n");
+    for mtu in [1500, 9000] {
+        let (netns, container) = serving("vhost", mtu);
+        let vmm = host::pid_of("husk-vmm");
+        let open = sh(&format!("ls -l /proc/{vmm}/fd"));
+        assert_eq!(open.matches("/dev/vhost-net").count(), 1, "{open}");
+        let (four, six) = (address("10.9.0.2:7000"), address("[2001:db8:9::2]:7000"));
+        let most = volume().min(64 << 20);
+        assert_eq!(traffic::send(four, most).unwrap(), most);
+        assert_eq!(traffic::fetch(six, most).unwrap(), most);
+        for length in [1400, traffic::LARGEST_DATAGRAM] {
+            let done = traffic::echo_datagram(four, &Noise::bytes(length)).unwrap();
+            assert_eq!(done, (1, true), "{length}");
+        }
+        container.sh("/usr/bin/ping -n -c 2 -W 10 10.9.0.1");
+        drop(container);
+        assert_eq!(netns.leftovers(), "");
+    }
+}
+
+/// What is asked for and is not there is an error that says so.
+#[test]
+fn a_host_without_vhost_net() {
+    struct Away;
+    impl Drop for Away {
+        fn drop(&mut self) {
+            fs::rename("/dev/vhost-net.away", "/dev/vhost-net").unwrap();
+        }
+    }
+    fs::rename("/dev/vhost-net", "/dev/vhost-net.away").unwrap();
+    let _away = Away;
+    let _config = Config::at(DEFAULT, "[network]\nvhost = true\n");
+    let netns = Netns::new("husk-no-vhost");
+    netns.nic("eth0", "hk-eth0", 1500);
+    let census = Census::take();
+    let bundle = Container::bundle("no-vhost", Some(&netns.path()));
+    let done = ctr_run_bundle(Runtime::Husk, "no-vhost", &bundle);
+    assert_ne!(done.code, 0);
+    for word in ["network.vhost", "/dev/vhost-net", "module vhost_net"] {
+        assert!(done.err().contains(word), "{}", done.err());
+    }
+    drop(bundle);
+    assert_eq!(netns.leftovers(), "");
+    census.assert_unchanged();
 }
 
 /// The VMM's threads of the first NIC, and how often each had to wait for something to do.

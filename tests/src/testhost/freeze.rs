@@ -17,7 +17,7 @@ use super::wire::Run;
 const BOOT_DEADLINE: Duration = Duration::from_secs(600);
 
 /// How long loading the container images may take.
-const LOAD_DEADLINE: Duration = Duration::from_secs(1800);
+const LOAD_DEADLINE: Duration = Duration::from_secs(3600);
 
 /// Where everything is that a boot needs, and where its results go.
 #[derive(Debug, Clone)]

@@ -33,8 +33,11 @@ pub mod vmm {
     pub const TAPS: i32 = 11;
     /// Most taps.
     pub const MAX_TAPS: i32 = MAX_NICS as i32 * MAX_QUEUE_PAIRS as i32;
-    /// One past the last number that a tap can have.
-    pub const END: i32 = TAPS + MAX_TAPS;
+    /// /dev/vhost-net, from here up without a gap: one for each NIC, none of them bound yet, if the host's kernel is to
+    /// move the frames; else none. NICs have one queue pair each then.
+    pub const VHOST: i32 = TAPS + MAX_TAPS;
+    /// One past the last number of the table.
+    pub const END: i32 = VHOST + MAX_NICS as i32;
 
     /// Length in bytes of the header before each frame of a tap: `struct virtio_net_hdr_v1`.
     pub const VNET_HEADER_LEN: i32 = 12;

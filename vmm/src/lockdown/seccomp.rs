@@ -2,6 +2,7 @@
 //! from these lists.
 
 use super::violation;
+use crate::virtio::net::vhost;
 use husk_vmm_protocol::fds::vmm as table;
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
@@ -21,6 +22,8 @@ pub enum Role {
         vcpu: RawFd,
         /// The VM's.
         vm: RawFd,
+        /// How many NICs the host's kernel serves by vhost-net.
+        vhost: usize,
     },
     /// Serves a device.
     Device(Device),
@@ -145,7 +148,7 @@ impl Role {
 
     /// Requests of ioctl(2), each with the descriptor it may be made of.
     pub fn requests(&self) -> Vec<(RawFd, u32)> {
-        let Self::Vcpu { vcpu, vm } = self else {
+        let Self::Vcpu { vcpu, vm, vhost } = self else {
             return Vec::new();
         };
         let mut requests = vec![
@@ -154,7 +157,10 @@ impl Role {
             (*vm, KVM_SET_GSI_ROUTING),
         ];
         // A driver that starts or resets its NIC chooses the tap's offloads.
-        requests.extend((table::TAPS..table::END).map(|tap| (tap, libc::TUNSETOFFLOAD as u32)));
+        requests.extend((table::TAPS..table::VHOST).map(|tap| (tap, libc::TUNSETOFFLOAD as u32)));
+        for fd in (table::VHOST..table::END).take(*vhost) {
+            requests.extend(vhost::request::RUNNING.map(|request| (fd, request as u32)));
+        }
         requests
     }
 

@@ -11,7 +11,14 @@ fn roles() -> Vec<Role> {
         Device::Vsock,
     ]
     .map(Role::Device);
-    let mut roles = vec![Role::Main, Role::Vcpu { vcpu: 40, vm: 41 }];
+    let mut roles = vec![
+        Role::Main,
+        Role::Vcpu {
+            vcpu: 400,
+            vm: 401,
+            vhost: 2,
+        },
+    ];
     roles.extend(device);
     roles
 }
@@ -206,7 +213,11 @@ fn a_vcpu_makes_its_own_requests_of_its_own_descriptors() {
         // SAFETY: none of these descriptors is open.
         unsafe { libc::ioctl(fd, request.into(), 0) };
     }
-    let role = Role::Vcpu { vcpu: 400, vm: 401 };
+    let role = Role::Vcpu {
+        vcpu: 400,
+        vm: 401,
+        vhost: 1,
+    };
     assert_eq!(end_of(&role, || request(400, KVM_RUN)), 0);
     assert_eq!(end_of(&role, || request(401, KVM_SET_GSI_ROUTING)), 0);
     assert_eq!(end_of(&role, || request(401, KVM_RUN)), violation::EXIT_CODE);
@@ -218,7 +229,14 @@ fn a_vcpu_makes_its_own_requests_of_its_own_descriptors() {
         end_of(&role, || request(0, libc::TIOCSTI as u32)),
         violation::EXIT_CODE
     );
-    // 64-bit requests are those of their lower half, as the kernel sees them.
+    let vhost = || request(table::VHOST, vhost::request::NET_SET_BACKEND as u32);
+    assert_eq!(end_of(&role, vhost), 0);
+    let without = Role::Vcpu {
+        vcpu: 400,
+        vm: 401,
+        vhost: 0,
+    };
+    assert_eq!(end_of(&without, vhost), violation::EXIT_CODE);
     assert_eq!(
         end_of(&Role::Main, || request(400, KVM_RUN)),
         violation::EXIT_CODE

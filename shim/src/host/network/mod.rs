@@ -44,6 +44,8 @@ pub struct Tap {
     pub mac: [u8; 6],
     /// One for each of its queues.
     pub queues: Vec<OwnedFd>,
+    /// /dev/vhost-net, if the host's kernel is to move its frames.
+    pub vhost: Option<OwnedFd>,
 }
 
 /// What is seen when the network is followed.
@@ -65,6 +67,8 @@ pub struct Size {
     pub most: usize,
     /// Pairs of queues of each.
     pub queues: u8,
+    /// The host's kernel moves their frames.
+    pub vhost: bool,
 }
 
 /// Spare NICs of a machine whose network is still empty.
@@ -150,6 +154,9 @@ impl Network {
                 .collect::<io::Result<Vec<_>>>()
         })
         .map_err(host("cannot make a tap"))?;
+        let vhost = (0..count).map(|_| size.vhost.then(tap::vhost).transpose());
+        let vhost = vhost.collect::<io::Result<Vec<_>>>();
+        let vhost = vhost.map_err(host("network.vhost is set in husk.toml, and this host lacks it"))?;
 
         let links = list(&mut socket)?;
         let mut slots = Vec::with_capacity(count);
@@ -176,10 +183,11 @@ impl Network {
         if let Some(error) = left_out {
             return Err(error);
         }
-        let taps = queues.into_iter().enumerate().map(|(number, queues)| {
+        let taps = queues.into_iter().zip(vhost).enumerate();
+        let taps = taps.map(|(number, (queues, vhost))| {
             let wired = this.slots.get(number).and_then(|slot| slot.wired);
             let mac = wired.map_or_else(|| spare_mac(number), |(_, mac, _)| mac);
-            Tap { mac, queues }
+            Tap { mac, queues, vhost }
         });
         let taps = taps.collect();
         Ok((this, taps, view))

@@ -15,6 +15,7 @@ const SIZE: Size = Size {
     spare: None,
     most: 8,
     queues: 1,
+    vhost: false,
 };
 
 /// Runs iproute2's programs in a namespace.

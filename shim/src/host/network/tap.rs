@@ -59,6 +59,23 @@ fn open(name: &str, flags: libc::c_int) -> io::Result<OwnedFd> {
     Ok(file.into())
 }
 
+/// What moves frames in the host's kernel.
+pub const VHOST: &str = "/dev/vhost-net";
+
+/// Opens [`VHOST`], for one pair of queues.
+///
+/// # Errors
+/// With what to do when it is not there.
+pub fn vhost() -> io::Result<OwnedFd> {
+    let opened = File::options().read(true).write(true).open(VHOST);
+    opened.map(OwnedFd::from).map_err(|error| {
+        io::Error::new(
+            error.kind(),
+            format!("{VHOST}: {error}; load the kernel's module vhost_net, or leave network.vhost out"),
+        )
+    })
+}
+
 /// Whether this host has taps.
 ///
 /// # Errors

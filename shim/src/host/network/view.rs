@@ -277,6 +277,9 @@ pub fn look(socket: &mut Socket, nics: Vec<Nic>) -> io::Result<View> {
                 .filter(|message| message.body.first() == Some(&(family as u8)));
             own.filter_map(|message| keep(message.body)).collect()
         };
+        // Routes first: whoever is just wiring adds the address that a route needs before it.
+        let routes = list(libc::RTM_GETROUTE, kind::ROUTE_HEADER)?;
+        view.routes.extend(of(routes, &|body| route(body, &indexes)));
         let addresses = list(libc::RTM_GETADDR, kind::ADDRESS_HEADER)?;
         let mut addresses = of(addresses, &|body| address(body, &indexes));
         if family == libc::AF_INET6 {
@@ -284,8 +287,6 @@ pub fn look(socket: &mut Socket, nics: Vec<Nic>) -> io::Result<View> {
             addresses.reverse();
         }
         view.addresses.extend(addresses);
-        let routes = list(libc::RTM_GETROUTE, kind::ROUTE_HEADER)?;
-        view.routes.extend(of(routes, &|body| route(body, &indexes)));
         let neighbours = list(libc::RTM_GETNEIGH, kind::NEIGHBOUR_HEADER)?;
         view.neighbours
             .extend(of(neighbours, &|body| neighbour(body, &indexes)));

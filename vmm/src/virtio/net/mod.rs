@@ -12,6 +12,7 @@ pub mod receive;
 pub mod tap;
 pub mod transmit;
 pub mod used;
+pub mod vhost;
 pub mod worker;
 
 #[cfg(test)]
@@ -30,6 +31,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use tap::{OFFLOADS, Tap};
+use vhost::Vhost;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MQ};
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
@@ -75,13 +77,20 @@ pub struct Net {
     /// One for each pair, and what makes it look.
     threads: Vec<Thread>,
     bells: Arc<[EventFd]>,
+    /// Where the host's kernel moves the frames.
+    vhost: Option<Vhost>,
     running: Option<Running>,
 }
 
 #[derive(Debug)]
-struct Running {
-    pairs: Arc<Pairs>,
-    workers: Vec<Worker<PairWorker>>,
+enum Running {
+    /// Its own threads move the frames.
+    Own {
+        pairs: Arc<Pairs>,
+        workers: Vec<Worker<PairWorker>>,
+    },
+    /// The host's kernel does, as long as this is there.
+    Kernel(#[allow(dead_code)] vhost::Started),
 }
 
 impl Net {
@@ -101,7 +110,10 @@ impl Net {
 
     /// What a copy of the device has to know.
     pub fn save(&self) -> State {
-        let active = self.running.as_ref().map(|running| running.pairs.active());
+        let active = self.running.as_ref().map(|running| match running {
+            Running::Own { pairs, .. } => pairs.active(),
+            Running::Kernel(_) => 1,
+        });
         State {
             mac: self.mac,
             queue_pairs: self.queue_pairs(),
@@ -150,8 +162,24 @@ impl Net {
             bells: (0..pairs)
                 .map(|_| EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK))
                 .collect::<io::Result<_>>()?,
+            vhost: None,
             running: None,
         })
+    }
+
+    /// The same device, whose frames are moved by the host's kernel; `device` is /dev/vhost-net.
+    ///
+    /// # Errors
+    /// The kernel's, or when there are several pairs of queues: it would not know which of them the guest uses.
+    pub fn with_vhost(mut self, device: OwnedFd) -> io::Result<Self> {
+        if self.taps.len() != 1 {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "vhost-net is for NICs of one pair of queues",
+            ));
+        }
+        self.vhost = Some(Vhost::new(device)?);
+        Ok(self)
     }
 
     fn queue_pairs(&self) -> u8 {
@@ -202,7 +230,8 @@ impl Device for Net {
     }
 
     fn features(&self) -> u64 {
-        offered(self.offloads, self.taps.len() > 1)
+        let offered = offered(self.offloads, self.taps.len() > 1);
+        self.vhost.as_ref().map_or(offered, |vhost| vhost.limit(offered))
     }
 
     fn config(&self) -> &[u8] {
@@ -224,6 +253,20 @@ impl Device for Net {
             if several { self.taps.len() } else { 1 },
             features,
         )?;
+        if let (Some(vhost), Some(tap)) = (&self.vhost, self.taps.first()) {
+            let queues = pairs.pop().ok_or(ActivateError::QueueMissing(0))?;
+            let thread = self.threads.first().ok_or(ActivateError::HostEnd)?;
+            let started = vhost.start(
+                thread,
+                tap,
+                &activation.memory,
+                queues,
+                activation.interrupt,
+                activation.features,
+            )?;
+            self.running = Some(Running::Kernel(started));
+            return Ok(());
+        }
         let shared = Arc::new(Pairs::new(
             Arc::clone(&self.taps),
             Arc::clone(&self.bells),
@@ -253,7 +296,7 @@ impl Device for Net {
             // Those that were started before end when this returns.
             workers.push(thread.serve(|| Ok(worker)).map_err(ActivateError::Worker)?);
         }
-        self.running = Some(Running {
+        self.running = Some(Running::Own {
             pairs: shared,
             workers,
         });
@@ -264,8 +307,9 @@ impl Device for Net {
         let Some(running) = self.running.take() else {
             return;
         };
-        for worker in running.workers {
-            worker.stop();
+        match running {
+            Running::Own { workers, .. } => workers.into_iter().for_each(|worker| drop(worker.stop())),
+            Running::Kernel(started) => drop(started),
         }
         // Frames that come until the next driver is there may be of any kind; it is asked again then.
         if let Err(e) = self.set_offload(self.offloads) {
