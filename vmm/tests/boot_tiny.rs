@@ -412,7 +412,9 @@ fn a_wrong_table_of_descriptors_is_refused() {
     for (number, error) in [
         (table::TAPS, "descriptor 11 (tap) is not a tap"),
         (table::TAPS + 1, "descriptor 12 is open"),
-        (table::END, "descriptor 75 is open"),
+        (table::VHOST, "descriptor 75 (/dev/vhost-net) is not a"),
+        (table::VHOST + 1, "descriptor 76 is open"),
+        (table::END, "descriptor 83 is open"),
     ] {
         let more = |fds: &mut Fds| fds.push((number, file(b"").into()));
         assert_fails(Vmm::start(kernel(RESET), more), error);
