@@ -116,7 +116,8 @@ fn datagrams_are_answered_from_the_address_that_was_asked_in_any_order() {
         assert_eq!(buffer[..large.len()], large);
         assert_eq!(first.recv(&mut buffer).unwrap(), 3);
         // Answers to nobody, and no answer, end nothing.
-        host.answer(one, b"again");
+        let nobody = Header { number: 1000, ..one };
+        host.answer(nobody, b"again");
         first.send(b"x").unwrap();
         let (none, _) = host.query();
         host.answer(none, b"");
