@@ -1,13 +1,17 @@
 //! The ruler: husk and runc in turn, in one run, on a host whose clock counts instructions.
 //!
 //! Run as root where husk is installed and containerd has `localhost/busybox:1`. Prints a table, or JSON with
-//! `--json`; `--table` prints the table of a JSON read from stdin. Times are medians over the rounds after the first, with the spread between the least and the most.
+//! `--json`; `--table` prints the table of a JSON read from stdin. Names of parts leave the others out. Times are medians over the rounds after the first, with the spread between the least and the most.
 //! In an emulated host times mean something only beside one another.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
 
 mod memory;
+mod network;
 mod sizes;
 mod start;
+
+use std::fs;
+use std::path::Path;
 
 use serde_json::{Value, json};
 
@@ -15,7 +19,7 @@ use serde_json::{Value, json};
 pub struct Figure {
     /// What is measured.
     pub name: String,
-    /// `ms`, `kB`.
+    /// `ms`, `kB`, `MB/s`, …
     pub unit: &'static str,
     /// One value per round, the first round dropped; a single one where rounds make no sense.
     pub values: Vec<f64>,
@@ -49,11 +53,14 @@ fn main() {
         .iter()
         .find_map(|a| a.strip_prefix("--rounds="))
         .map_or(6, |n| n.parse().unwrap());
-    if let Some(unknown) = arguments
-        .iter()
-        .find(|a| !["--json", "--table"].contains(&a.as_str()) && !a.starts_with("--rounds="))
-    {
-        eprintln!("bench: unknown argument {unknown}; usage: bench [--json|--table] [--rounds=N]");
+    const PARTS: [&str; 4] = ["start", "network", "memory", "sizes"];
+    let known =
+        |a: &str| ["--json", "--table"].contains(&a) || PARTS.contains(&a) || a.starts_with("--rounds=");
+    if let Some(unknown) = arguments.iter().find(|a| !known(a)) {
+        eprintln!(
+            "bench: unknown argument {unknown}; usage: bench [--json|--table] [--rounds=N] [{}]…",
+            PARTS.join("|")
+        );
         std::process::exit(2);
     }
 
@@ -61,9 +68,17 @@ fn main() {
         print_table(&serde_json::from_reader(std::io::stdin()).unwrap());
         return;
     }
-    let mut figures = start::measure(rounds);
-    figures.extend(memory::measure());
-    figures.extend(sizes::measure());
+    let asked: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let all = !asked.iter().any(|part| PARTS.contains(part));
+    let mut figures = Vec::new();
+    for part in PARTS.into_iter().filter(|part| all || asked.contains(part)) {
+        figures.extend(match part {
+            "start" => start::measure(rounds),
+            "network" => network::measure(rounds),
+            "memory" => memory::measure(),
+            _ => sizes::measure(),
+        });
+    }
     let rows: Vec<Value> = figures.iter().map(row).collect();
     let report = json!({ "rounds": rounds - 1, "figures": rows });
     if as_json {
@@ -71,6 +86,19 @@ fn main() {
     } else {
         print_table(&report);
     }
+}
+
+/// The first process of that name.
+fn pid_of(name: &str) -> u32 {
+    for entry in fs::read_dir("/proc").unwrap().flatten() {
+        let command_line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let program =
+            String::from_utf8_lossy(command_line.split(|b| *b == 0).next().unwrap_or_default()).into_owned();
+        if Path::new(&program).file_name().is_some_and(|n| n == name) {
+            return entry.file_name().to_str().unwrap().parse().unwrap();
+        }
+    }
+    panic!("no process named {name}");
 }
 
 fn print_table(report: &Value) {

@@ -2,10 +2,9 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
 use std::process::Command;
 
-use crate::Figure;
+use crate::{Figure, pid_of};
 
 /// Number of the guest memory's descriptor in the VMM (husk_vmm_protocol::fds::vmm::MEMORY).
 const MEMORY_FD: i32 = 5;
@@ -57,18 +56,6 @@ fn kilobytes(name: String, value: u64) -> Figure {
         unit: "kB",
         values: vec![value as f64],
     }
-}
-
-fn pid_of(name: &str) -> u32 {
-    for entry in fs::read_dir("/proc").unwrap().flatten() {
-        let command_line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-        let program =
-            String::from_utf8_lossy(command_line.split(|b| *b == 0).next().unwrap_or_default()).into_owned();
-        if Path::new(&program).file_name().is_some_and(|n| n == name) {
-            return entry.file_name().to_str().unwrap().parse().unwrap();
-        }
-    }
-    panic!("no process named {name}");
 }
 
 /// Proportional set size in kB of all mappings but the guest's memory.

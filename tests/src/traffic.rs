@@ -27,6 +27,11 @@ pub enum Order {
     Take(u64),
     /// It sends so many bytes of [`Noise`].
     Give(u64),
+    /// It takes so many bytes of any kind and answers their number: for measuring, where looking at them would take longer
+    /// than their way.
+    Swallow(u64),
+    /// It sends so many bytes of any kind.
+    Pour(u64),
 }
 
 impl Order {
@@ -35,6 +40,8 @@ impl Order {
             Self::Echo => (1_u64, 0),
             Self::Take(count) => (2, count),
             Self::Give(count) => (3, count),
+            Self::Swallow(count) => (4, count),
+            Self::Pour(count) => (5, count),
         };
         let mut bytes = [0; 16];
         for (to, from) in bytes.chunks_mut(8).zip([verb, count]) {
@@ -48,6 +55,8 @@ impl Order {
             (1, _) => Ok(Self::Echo),
             (2, count) => Ok(Self::Take(count)),
             (3, count) => Ok(Self::Give(count)),
+            (4, count) => Ok(Self::Swallow(count)),
+            (5, count) => Ok(Self::Pour(count)),
             _ => Err(io::ErrorKind::InvalidData.into()),
         }
     }
@@ -121,6 +130,31 @@ fn take(from: &mut impl Read, count: u64) -> io::Result<u64> {
     Ok(right)
 }
 
+/// Sends so many bytes, always the same.
+fn pour(to: &mut impl Write, count: u64) -> io::Result<()> {
+    let chunk = vec![b'x'; CHUNK];
+    let mut left = count;
+    while left > 0 {
+        let length = usize::try_from(left).unwrap_or(CHUNK).min(CHUNK);
+        to.write_all(chunk.get(..length).unwrap_or_default())?;
+        left = left.saturating_sub(length as u64);
+    }
+    Ok(())
+}
+
+/// Reads so many bytes, and tells how many came.
+fn swallow(from: &mut impl Read, count: u64) -> io::Result<u64> {
+    let mut chunk = vec![0; CHUNK];
+    let mut came = 0_u64;
+    while came < count {
+        match from.read(&mut chunk)? {
+            0 => break,
+            length => came = came.saturating_add(length as u64),
+        }
+    }
+    Ok(came)
+}
+
 /// Serves at a port of all addresses, by TCP and UDP, for ever.
 ///
 /// # Errors
@@ -157,6 +191,11 @@ fn obey(mut connection: TcpStream) -> io::Result<()> {
             connection.write_all(&right.to_le_bytes())?;
         }
         Order::Give(count) => give(&mut connection, count)?,
+        Order::Swallow(count) => {
+            let swallowed = swallow(&mut connection, count)?;
+            connection.write_all(&swallowed.to_le_bytes())?;
+        }
+        Order::Pour(count) => pour(&mut connection, count)?,
     }
     Ok(())
 }
@@ -201,6 +240,24 @@ pub fn send(to: SocketAddr, count: u64) -> io::Result<u64> {
 /// Those of the connection.
 pub fn fetch(from: SocketAddr, count: u64) -> io::Result<u64> {
     take(&mut connect(from, Order::Give(count))?, count)
+}
+
+/// As [`send`], without a look at the bytes.
+///
+/// # Errors
+/// Those of the connection.
+pub fn send_any(to: SocketAddr, count: u64) -> io::Result<u64> {
+    let mut connection = connect(to, Order::Swallow(count))?;
+    pour(&mut connection, count)?;
+    number(&mut connection)
+}
+
+/// As [`fetch`], without a look at the bytes.
+///
+/// # Errors
+/// Those of the connection.
+pub fn fetch_any(from: SocketAddr, count: u64) -> io::Result<u64> {
+    swallow(&mut connect(from, Order::Pour(count))?, count)
 }
 
 /// Sends bytes on a connection with [`Order::Echo`], and tells whether they came back.
@@ -269,6 +326,8 @@ mod tests {
         let to: SocketAddr = ([127, 0, 0, 1], port).into();
         assert_eq!(send(to, 100_001).unwrap(), 100_001);
         assert_eq!(fetch(to, 100_001).unwrap(), 100_001);
+        assert_eq!(send_any(to, 100_001).unwrap(), 100_001);
+        assert_eq!(fetch_any(to, 100_001).unwrap(), 100_001);
         assert!(echo(&mut connect(to, Order::Echo).unwrap(), b"hello").unwrap());
         assert_eq!(
             echo_datagram(to, &Noise::bytes(LARGEST_DATAGRAM)).unwrap(),
