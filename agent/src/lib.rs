@@ -10,8 +10,8 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::indexing_slicing))]
 
-mod bpf;
 mod container;
+mod device_filter;
 mod dial;
 mod dns;
 mod document;

@@ -408,14 +408,3 @@ pub fn enter_namespaces(of: BorrowedFd<'_>, kinds: i32) -> io::Result<()> {
     check(unsafe { libc::setns(of.as_raw_fd(), kinds) }.into())?;
     Ok(())
 }
-
-/// bpf(2).
-///
-/// # Safety
-///
-/// `attributes` is the beginning of the union's part for `command`, and what it points to is valid.
-pub unsafe fn bpf<T>(command: u32, attributes: &T) -> io::Result<libc::c_long> {
-    let attributes: *const T = attributes;
-    // SAFETY: the caller's; the size is that of the attributes.
-    check(unsafe { libc::syscall(libc::SYS_bpf, command, attributes, size_of::<T>()) })
-}

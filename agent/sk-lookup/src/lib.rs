@@ -11,7 +11,7 @@ mod program;
 use std::{
     io,
     net::IpAddr,
-    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+    os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd},
 };
 
 /// Most rules of a lookup: what fits a program whose jumps all reach its end.
@@ -48,7 +48,6 @@ pub struct Lookup {
 /// Commands, types and flags of bpf(2), of linux/bpf.h.
 const MAP_CREATE: u32 = 0;
 const MAP_UPDATE: u32 = 2;
-const PROG_LOAD: u32 = 5;
 const LINK_CREATE: u32 = 28;
 const SOCKMAP: u32 = 15;
 const SK_LOOKUP_PROGRAM: u32 = 30;
@@ -72,23 +71,6 @@ struct UpdateAttributes {
     flags: u64,
 }
 
-#[derive(Default)]
-#[repr(C)]
-struct LoadAttributes {
-    kind: u32,
-    count: u32,
-    instructions: u64,
-    license: u64,
-    log_level: u32,
-    log_size: u32,
-    log: u64,
-    kernel_version: u32,
-    flags: u32,
-    name: [u8; 16],
-    interface: u32,
-    attach: u32,
-}
-
 #[repr(C)]
 struct LinkAttributes {
     program: RawFd,
@@ -109,19 +91,7 @@ impl Lookup {
         }
         let sockets = map(rules)?;
         let program = program::of(rules, sockets.as_raw_fd());
-        let attributes = LoadAttributes {
-            kind: SK_LOOKUP_PROGRAM,
-            count: u32::try_from(program.len()).map_err(io::Error::other)?,
-            instructions: program.as_ptr() as u64,
-            // No function of the kernel is called that wants another license.
-            license: c"Apache-2.0".as_ptr() as u64,
-            name: *b"husk_sk_lookup\0\0",
-            attach: SK_LOOKUP_ATTACH,
-            ..LoadAttributes::default()
-        };
-        // SAFETY: the attributes are those of the command; the addresses in them are of the length said, and of a C
-        // string, and outlive the call, which only reads there. The answer is a new descriptor.
-        let program = unsafe { bpf(PROG_LOAD, &attributes).and_then(|fd| own(fd)) }?;
+        let program = husk_bpf::load(SK_LOOKUP_PROGRAM, SK_LOOKUP_ATTACH, "husk_sk_lookup", &program)?;
         let attributes = LinkAttributes {
             program: program.as_raw_fd(),
             target: namespace.as_raw_fd(),
@@ -130,7 +100,7 @@ impl Lookup {
         };
         // SAFETY: the attributes are those of the command and have descriptors and integers only. The answer is a
         // new descriptor.
-        let link = unsafe { bpf(LINK_CREATE, &attributes).and_then(|fd| own(fd)) }?;
+        let link = unsafe { husk_bpf::make(LINK_CREATE, &attributes) }?;
         // The link keeps the program, and that the map.
         Ok(Self { _link: link })
     }
@@ -145,7 +115,7 @@ fn map(rules: &[Rule<'_>]) -> io::Result<OwnedFd> {
         max_entries: u32::try_from(rules.len().max(1)).map_err(io::Error::other)?,
     };
     // SAFETY: the attributes are those of the command and have integers only. The answer is a new descriptor.
-    let map = unsafe { bpf(MAP_CREATE, &attributes).and_then(|fd| own(fd)) }?;
+    let map = unsafe { husk_bpf::make(MAP_CREATE, &attributes) }?;
     for (place, rule) in rules.iter().enumerate() {
         let key = u32::try_from(place).map_err(io::Error::other)?;
         let value = u64::try_from(rule.socket.as_raw_fd()).map_err(io::Error::other)?;
@@ -158,32 +128,9 @@ fn map(rules: &[Rule<'_>]) -> io::Result<OwnedFd> {
         };
         // SAFETY: the attributes are those of the command; key and value are of the map's sizes and outlive the call,
         // which only reads them.
-        unsafe { bpf(MAP_UPDATE, &attributes) }?;
+        unsafe { husk_bpf::call(MAP_UPDATE, &attributes) }?;
     }
     Ok(map)
-}
-
-/// bpf(2).
-///
-/// # Safety
-/// `attributes` is the beginning of the union's part for `command`, and what it points to is valid.
-unsafe fn bpf<T>(command: u32, attributes: &T) -> io::Result<libc::c_long> {
-    let attributes: *const T = attributes;
-    // SAFETY: the caller's; the size is that of the attributes.
-    let result = unsafe { libc::syscall(libc::SYS_bpf, command, attributes, size_of::<T>()) };
-    if result < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(result)
-    }
-}
-
-/// # Safety
-/// A system call has just answered `fd`, a new descriptor.
-unsafe fn own(fd: libc::c_long) -> io::Result<OwnedFd> {
-    let fd = RawFd::try_from(fd).map_err(io::Error::other)?;
-    // SAFETY: the caller's: nobody else knows it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 #[cfg(test)]

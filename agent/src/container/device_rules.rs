@@ -7,12 +7,10 @@
 
 use std::collections::BTreeMap;
 
+use husk_bpf::{Instruction, Register::*};
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType};
 
-use crate::{
-    bpf::{Instruction, Register::*},
-    fault::Fault,
-};
+use crate::fault::Fault;
 
 const FIELD: &str = "linux.resources.devices";
 
@@ -266,7 +264,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::bpf::{DeviceFilter, interpret};
+    use crate::device_filter::{DeviceFilter, interpret};
 
     fn rules(json: &str) -> Result<DeviceRules, Fault> {
         DeviceRules::new(&serde_json::from_str::<Vec<_>>(json).unwrap(), &Always::new(&[]))

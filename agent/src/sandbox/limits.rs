@@ -6,12 +6,12 @@ use oci_spec::runtime::LinuxResources;
 
 use super::{Error, Sandbox};
 use crate::{
-    bpf::DeviceFilter,
     container::{
         cgroup::Cgroup,
         device_rules::DeviceRules,
         resources::{self, Guest},
     },
+    device_filter::DeviceFilter,
     document,
     fault::Fault,
 };

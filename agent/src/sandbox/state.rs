@@ -9,8 +9,8 @@ use super::{
     peers::{Peer, Peers},
 };
 use crate::{
-    bpf::DeviceFilter,
     container::{cgroup::Cgroup, namespaces::Namespaces, resources::Standing, user::Mappings},
+    device_filter::DeviceFilter,
     mirror::Mirrors,
     process::{launch::Channel, plan::Shared},
 };

@@ -6,9 +6,10 @@
 
 use std::{
     io,
-    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    os::fd::{AsRawFd, OwnedFd},
 };
 
+use husk_bpf::{Instruction, Register::*};
 use husk_netlink::{Error, Message, Request, Socket, kind, message::u32_at};
 
 /// `TC_H_INGRESS`: where the queueing discipline is.
@@ -44,81 +45,41 @@ pub enum Fate {
     Drop,
 }
 
-/// `struct bpf_insn`.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct Instruction {
-    code: u8,
-    /// Destination in the lower half, source in the upper.
-    registers: u8,
-    offset: i16,
-    number: i32,
-}
-
-const fn instruction(code: u8, to: u8, from: u8, offset: i16, number: i32) -> Instruction {
-    Instruction {
-        code,
-        registers: to | from << 4,
-        offset,
-        number,
-    }
-}
-
-/// Codes: class, operation and source in one byte, as in the kernel's `bpf_common.h` and `bpf.h`.
-mod code {
-    /// ALU64, MOV, of a number.
-    pub const SET: u8 = 0xb7;
-    /// ALU64, MOV, of a register.
-    pub const COPY: u8 = 0xbf;
-    /// ALU64, ADD, of a number.
-    pub const ADD: u8 = 0x07;
-    /// LDX, MEM: 32 bits, 16 bits.
-    pub const LOAD_WORD: u8 = 0x61;
-    pub const LOAD_HALF: u8 = 0x69;
-    /// JMP, to be taken unless a register has a value.
-    pub const JUMP_UNLESS: u8 = 0x55;
-    /// The same, of 32 bits.
-    pub const JUMP_UNLESS_32: u8 = 0x56;
-    pub const CALL: u8 = 0x85;
-    pub const EXIT: u8 = 0x95;
-}
-
 /// `bpf_redirect`.
 const REDIRECT: i32 = 23;
 /// `bpf_skb_load_bytes`.
 const LOAD_BYTES: i32 = 26;
 /// `TC_ACT_SHOT`.
-const SHOT: i32 = 2;
+const SHOT: u32 = 2;
 
 impl Fate {
     fn program(self) -> Vec<Instruction> {
-        use code::*;
         let redirect = |device: u32| {
             [
-                instruction(SET, 1, 0, 0, device as i32),
-                instruction(SET, 2, 0, 0, 0),
-                instruction(CALL, 0, 0, 0, REDIRECT),
-                instruction(EXIT, 0, 0, 0, 0),
+                Instruction::set(R1, device),
+                Instruction::set(R2, 0),
+                Instruction::call(REDIRECT),
+                Instruction::exit(),
             ]
         };
-        let drop = [instruction(SET, 0, 0, 0, SHOT), instruction(EXIT, 0, 0, 0, 0)];
+        let drop = [Instruction::set(R0, SHOT), Instruction::exit()];
         match self {
             Self::Drop => drop.to_vec(),
             Self::Redirect(device) => redirect(device).to_vec(),
             Self::RedirectFrom([a, b, c, d, e, f], device) => {
                 let mut program = vec![
                     // The sender, bytes 6 to 11 of the frame, onto the stack: bytes -8 to -3.
-                    instruction(SET, 2, 0, 0, 6),
-                    instruction(COPY, 3, 10, 0, 0),
-                    instruction(ADD, 3, 0, 0, -8),
-                    instruction(SET, 4, 0, 0, 6),
-                    instruction(CALL, 0, 0, 0, LOAD_BYTES),
+                    Instruction::set(R2, 6),
+                    Instruction::copy_long(R3, Stack),
+                    Instruction::add_long(R3, -8),
+                    Instruction::set(R4, 6),
+                    Instruction::call(LOAD_BYTES),
                     // Each of these jumps past the rest and the redirection.
-                    instruction(JUMP_UNLESS, 0, 0, 8, 0),
-                    instruction(LOAD_WORD, 1, 10, -8, 0),
-                    instruction(JUMP_UNLESS_32, 1, 0, 6, i32::from_ne_bytes([a, b, c, d])),
-                    instruction(LOAD_HALF, 1, 10, -4, 0),
-                    instruction(JUMP_UNLESS_32, 1, 0, 4, i32::from(u16::from_ne_bytes([e, f]))),
+                    Instruction::jump_unless_null(R0).jumping(8),
+                    Instruction::load(R1, Stack, -8),
+                    Instruction::jump_unless_equal(R1, u32::from_ne_bytes([a, b, c, d])).jumping(6),
+                    Instruction::load_half(R1, Stack, -4),
+                    Instruction::jump_unless_equal(R1, u16::from_ne_bytes([e, f]).into()).jumping(4),
                 ];
                 program.extend(redirect(device));
                 program.extend(drop);
@@ -129,47 +90,8 @@ impl Fate {
 
     /// Hands the program to the kernel.
     fn load(self) -> io::Result<OwnedFd> {
-        /// The beginning of `union bpf_attr` for `BPF_PROG_LOAD`.
-        #[repr(C)]
-        struct Load {
-            kind: u32,
-            count: u32,
-            instructions: u64,
-            license: u64,
-            log_level: u32,
-            log_size: u32,
-            log: u64,
-            kernel_version: u32,
-            flags: u32,
-            name: [u8; 16],
-        }
-        const PROG_LOAD: libc::c_int = 5;
         const SCHED_CLS: u32 = 3;
-        let program = self.program();
-        let mut name = [0; 16];
-        for (to, from) in name.iter_mut().zip(NAME.bytes()) {
-            *to = from;
-        }
-        let load = Load {
-            kind: SCHED_CLS,
-            count: u32::try_from(program.len()).map_err(io::Error::other)?,
-            instructions: program.as_ptr() as u64,
-            license: c"Apache-2.0".as_ptr() as u64,
-            log_level: 0,
-            log_size: 0,
-            log: 0,
-            kernel_version: 0,
-            flags: 0,
-            name,
-        };
-        // SAFETY: the attributes and what they point to live through the call; the length is theirs.
-        let fd = unsafe { libc::syscall(libc::SYS_bpf, PROG_LOAD, &raw const load, size_of::<Load>()) };
-        let fd = i32::try_from(fd).map_err(io::Error::other)?;
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: the call has just made this descriptor for us.
-        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+        husk_bpf::load(SCHED_CLS, 0, NAME, &self.program())
     }
 }
 
