@@ -12,7 +12,7 @@ use crate::host;
 
 /// How long a command may take if a test does not say otherwise: generous, since emulated hosts are slow and
 /// only a hang must be caught.
-const DEADLINE: Duration = Duration::from_secs(300);
+pub const DEADLINE: Duration = Duration::from_secs(300);
 
 /// What a finished command left.
 pub struct Finished {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::census::Census;
-use crate::command::{Finished, Input, Running, eventually, ok, run};
+use crate::command::{DEADLINE, Finished, Input, Running, eventually, ok, run, run_with};
 use crate::host;
 
 pub const RUNTIME: &str = "io.containerd.husk.v2";
@@ -17,6 +17,24 @@ pub fn ctr_run(id: &str, image: &str, command: &[&str]) -> Finished {
     run(&argv)
 }
 
+/// A shell script in busybox by `ctr run` with husk, in the foreground, gone afterwards; under way.
+#[track_caller]
+pub fn ctr_run_script(id: &str, script: &str) -> Running {
+    let argv = [
+        "ctr",
+        "run",
+        "--rm",
+        "--runtime",
+        RUNTIME,
+        BUSYBOX,
+        id,
+        "sh",
+        "-c",
+        script,
+    ];
+    Running::start(&argv, Input::Nothing)
+}
+
 /// A detached container that is removed at the end of the test, whatever becomes of it.
 pub struct Detached {
     pub id: String,
@@ -25,10 +43,15 @@ pub struct Detached {
 impl Detached {
     #[track_caller]
     pub fn start(id: &str, command: &[&str]) -> Self {
+        Self::start_within(DEADLINE, id, command)
+    }
+
+    #[track_caller]
+    pub fn start_within(deadline: Duration, id: &str, command: &[&str]) -> Self {
         let mut argv = vec!["ctr", "run", "-d", "--runtime", RUNTIME, BUSYBOX, id];
         argv.extend(command);
         let this = Self { id: id.to_owned() };
-        run(&argv).expect_code(0);
+        run_with(&argv, Input::Nothing, deadline).expect_code(0);
         this
     }
 
@@ -125,19 +148,7 @@ fn exec_carries_output_errors_and_exit_code() {
 #[test]
 fn a_signal_reaches_the_container() {
     let script = "trap 'echo terminated; exit 5' TERM; echo ready; while :; do sleep 0.1; done";
-    let argv = [
-        "ctr",
-        "run",
-        "--rm",
-        "--runtime",
-        RUNTIME,
-        BUSYBOX,
-        "signal",
-        "sh",
-        "-c",
-        script,
-    ];
-    let mut running = Running::start(&argv, Input::Nothing);
+    let mut running = ctr_run_script("signal", script);
     running.wait_for("ready");
     run(&["ctr", "task", "kill", "-s", "SIGTERM", "signal"]).expect_code(0);
     let done = running.finish(Duration::from_secs(60)).expect_code(5);
@@ -146,19 +157,7 @@ fn a_signal_reaches_the_container() {
 
 #[test]
 fn a_killed_container_exits_137() {
-    let argv = [
-        "ctr",
-        "run",
-        "--rm",
-        "--runtime",
-        RUNTIME,
-        BUSYBOX,
-        "killed",
-        "sh",
-        "-c",
-        "echo ready; exec sleep 1000",
-    ];
-    let mut running = Running::start(&argv, Input::Nothing);
+    let mut running = ctr_run_script("killed", "echo ready; exec sleep 1000");
     running.wait_for("ready");
     run(&["ctr", "task", "kill", "-s", "SIGKILL", "killed"]).expect_code(0);
     running.finish(Duration::from_secs(60)).expect_code(137);

@@ -12,8 +12,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::census::Census;
-use crate::command::{Finished, Input, Running, eventually, ok, run, run_with};
-use crate::containerd::{BUSYBOX, Detached, RUNTIME};
+use crate::command::{Finished, Input, Running, eventually, ok, run};
+use crate::containerd::{Detached, ctr_run_script};
 use crate::host::{self, ContainerdLog};
 use crate::operator::{Config, DEFAULT};
 
@@ -117,23 +117,6 @@ const LIVES: [fn(&str, &mut Dice); 5] = [
     is_killed_while_it_starts,
 ];
 
-/// `ctr run` of busybox in the foreground.
-fn foreground(id: &str, script: &str) -> Running {
-    let argv = [
-        "ctr",
-        "run",
-        "--rm",
-        "--runtime",
-        RUNTIME,
-        BUSYBOX,
-        id,
-        "sh",
-        "-c",
-        script,
-    ];
-    Running::start(&argv, Input::Nothing)
-}
-
 fn exec(id: &str, name: &str, script: &str) -> Running {
     let argv = ["ctr", "task", "exec", "--exec-id", name, id, "sh", "-c", script];
     Running::start(&argv, Input::Nothing)
@@ -141,7 +124,7 @@ fn exec(id: &str, name: &str, script: &str) -> Running {
 
 fn ends_by_itself(id: &str, dice: &mut Dice) {
     let (code, lines) = (dice.roll(100), dice.roll(3000) + 1);
-    let done = foreground(id, &format!("echo {id} >&2; seq {lines}; exit {code}"))
+    let done = ctr_run_script(id, &format!("echo {id} >&2; seq {lines}; exit {code}"))
         .finish(PATIENCE)
         .expect_code(code as i32);
     assert_eq!(done.err(), format!("{id}\n"));
@@ -150,20 +133,7 @@ fn ends_by_itself(id: &str, dice: &mut Dice) {
 }
 
 fn detached(id: &str) -> Detached {
-    let argv = [
-        "ctr",
-        "run",
-        "-d",
-        "--runtime",
-        RUNTIME,
-        BUSYBOX,
-        id,
-        "sleep",
-        "1000",
-    ];
-    let container = Detached { id: id.to_owned() };
-    run_with(&argv, Input::Nothing, PATIENCE).expect_code(0);
-    container
+    Detached::start_within(PATIENCE, id, &["sleep", "1000"])
 }
 
 fn serves_execs(id: &str, dice: &mut Dice) {
@@ -198,7 +168,7 @@ fn kill_by_chance(id: &str, dice: &mut Dice) {
 }
 
 fn is_killed(id: &str, dice: &mut Dice) {
-    let mut running = foreground(
+    let mut running = ctr_run_script(
         id,
         "echo ready; while :; do echo x > /tmp/file; sleep 0.1; rm /tmp/file; done",
     );
@@ -243,7 +213,7 @@ fn is_killed_among_execs(id: &str, dice: &mut Dice) {
 }
 
 fn is_killed_while_it_starts(id: &str, dice: &mut Dice) {
-    let running = foreground(id, "exec sleep 1000");
+    let running = ctr_run_script(id, "exec sleep 1000");
     // Whenever it is that the task takes it.
     let end = Instant::now() + PATIENCE;
     loop {

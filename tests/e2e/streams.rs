@@ -8,7 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use crate::command::{Input, run_with};
-use crate::containerd::{BUSYBOX, Detached, RUNTIME, ctr_run};
+use crate::containerd::{BUSYBOX, Detached, RUNTIME, ctr_run, ctr_run_script};
 use crate::host;
 
 /// Bytes without a pattern that a lost or doubled block could hide in (xorshift64*).
@@ -85,24 +85,9 @@ fn a_flood_of_output_is_not_hoarded() {
         }
     });
     let script = format!("yes | head -c {}", megabytes << 20);
-    let argv = [
-        "ctr",
-        "run",
-        "--rm",
-        "--runtime",
-        RUNTIME,
-        BUSYBOX,
-        "flood",
-        "sh",
-        "-c",
-        &script,
-    ];
-    let done = run_with(
-        &argv,
-        Input::Nothing,
-        Duration::from_secs(60 + 20 * megabytes as u64),
-    )
-    .expect_code(0);
+    let done = ctr_run_script("flood", &script)
+        .finish(Duration::from_secs(60 + 20 * megabytes as u64))
+        .expect_code(0);
     stop.store(true, Ordering::Relaxed);
     sampler.join().unwrap();
     assert_eq!(done.stdout.len(), megabytes << 20);

@@ -331,17 +331,23 @@ mod tests {
         }
     }
 
-    #[test]
-    fn stop_gives_the_handler_back_and_it_can_go_on() {
-        use std::io::Write;
-        let (ours, mut theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    /// One, the other end of its socket, and what it tells.
+    fn counter() -> (Counter, std::os::unix::net::UnixStream, Receiver<u8>) {
+        let (socket, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
         let (tell, told) = channel();
-        let thread = Thread::new("test", Device::Vsock).unwrap();
         let counter = Counter {
-            socket: ours,
+            socket,
             seen: vec![],
             tell,
         };
+        (counter, theirs, told)
+    }
+
+    #[test]
+    fn stop_gives_the_handler_back_and_it_can_go_on() {
+        use std::io::Write;
+        let (counter, mut theirs, told) = counter();
+        let thread = Thread::new("test", Device::Vsock).unwrap();
         let worker = thread.serve(|| Ok(counter)).unwrap();
         theirs.write_all(b"a").unwrap();
         assert_eq!(told.recv().unwrap(), b'a');
@@ -355,14 +361,8 @@ mod tests {
     #[test]
     fn a_handler_that_failed_is_still_given_back() {
         use std::io::Write;
-        let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
-        let (tell, told) = channel();
+        let (counter, theirs, told) = counter();
         let thread = Thread::new("test", Device::Vsock).unwrap();
-        let counter = Counter {
-            socket: ours,
-            seen: vec![],
-            tell,
-        };
         let worker = thread.serve(|| Ok(counter)).unwrap();
         drop(theirs);
         let counter = worker.stop().unwrap();
@@ -381,12 +381,7 @@ mod tests {
         let thread = Thread::new("test", Device::Vsock).unwrap();
         let failed = thread.serve(|| Err::<Counter, _>(io::Error::other("no timer")));
         assert_eq!(failed.unwrap_err().to_string(), "no timer");
-        let (socket, _theirs) = std::os::unix::net::UnixStream::pair().unwrap();
-        let counter = Counter {
-            socket,
-            seen: vec![],
-            tell: channel().0,
-        };
+        let (counter, _theirs, _told) = counter();
         assert!(thread.serve(|| Ok(counter)).unwrap().stop().is_some());
     }
 }
