@@ -3,8 +3,8 @@
 //!
 //! They are watched by inotify(7). What it tells is made again in the mirror in the same order, so that whoever watches
 //! there sees what he would see on the host. Since it tells names, not contents, and the directory may have changed
-//! again when a name is looked up, each batch of changes ends with a comparison of the whole tree: an order of events may
-//! get lost in a race, never a state.
+//! again when a name is looked up, a batch that does not end where the directory is, is read again with what follows it, and
+//! ends with a comparison of the whole tree: in a directory that never rests an order of events may get lost, never a state.
 
 mod read;
 mod tree;

@@ -8,6 +8,7 @@ use std::{
         unix::ffi::OsStrExt,
     },
     path::Path,
+    time::Duration,
 };
 
 use husk_agent_protocol::{
@@ -29,6 +30,13 @@ use crate::host::mount::open_path;
 
 /// Most bytes of contents that a batch tells one by one.
 const MAX_TOLD: usize = 2 * MAX_MIRROR_BYTES;
+
+/// How often a batch is read anew with what has happened meanwhile, so that it ends while the directory keeps changing.
+const MAX_ATTEMPTS: usize = 8;
+
+/// How long an event can come after its change is seen in the directory: the kernel tells of a change as soon as it has
+/// made it, unless another process gets the processor in between.
+const EVENT_DELAY: Duration = Duration::from_millis(5);
 
 /// What became of a tree: its number, and what to change in its mirror, or why it could not be followed.
 pub type Told = (u32, Result<Vec<MirrorChange>, Refusal>);
@@ -114,33 +122,59 @@ impl Trees {
     /// # Errors
     /// When the events cannot be read.
     pub fn read(&mut self) -> io::Result<(Vec<Told>, bool)> {
-        let News {
-            events,
-            lost,
-            drained,
-        } = self.watches.read()?;
-        let mut batches: BTreeMap<u32, Vec<&InotifyEvent>> = BTreeMap::new();
-        for event in &events {
-            for number in self.watches.users(event.wd) {
-                batches.entry(*number).or_default().push(event);
+        let mut news = self.watches.read()?;
+        let mut followed = self.follow(&news);
+        for _ in 0..MAX_ATTEMPTS {
+            if news.lost || !followed.iter().any(|(_, followed)| followed.early) {
+                break;
             }
-        }
-        if lost {
-            for number in self.trees.keys() {
-                batches.entry(*number).or_default();
+            let more = self.watches.wait(EVENT_DELAY)?;
+            if more.events.is_empty() {
+                break;
             }
+            news.append(more);
+            followed = self.follow(&news);
         }
         let mut told = Vec::new();
-        for (number, events) in batches {
+        for (number, followed) in followed {
             if let Some(tree) = self.trees.get_mut(&number) {
-                let changes = tree.follow(&events, lost, &mut self.watches);
+                let changes = tree.settle(followed, &mut self.watches);
                 if !matches!(&changes, Ok(changes) if changes.is_empty()) {
                     told.push((number, changes));
                 }
             }
         }
-        Ok((told, drained))
+        Ok((told, news.drained))
     }
+
+    /// What the trees become by what has happened.
+    fn follow(&mut self, news: &News) -> Vec<(u32, Followed)> {
+        let mut batches: BTreeMap<u32, Vec<&InotifyEvent>> = BTreeMap::new();
+        for event in &news.events {
+            for number in self.watches.users(event.wd) {
+                batches.entry(*number).or_default().push(event);
+            }
+        }
+        if news.lost {
+            for number in self.trees.keys() {
+                batches.entry(*number).or_default();
+            }
+        }
+        let mut all = Vec::new();
+        for (number, events) in batches {
+            if let Some(tree) = self.trees.get(&number) {
+                all.push((number, tree.follow(&events, news.lost, &mut self.watches)));
+            }
+        }
+        all
+    }
+}
+
+/// What a tree becomes by a batch of events.
+struct Followed {
+    result: Result<(State, Vec<MirrorChange>), Refusal>,
+    /// The directory is further than these events: with those that are on their way, more of the order is known.
+    early: bool,
 }
 
 #[derive(Debug)]
@@ -227,28 +261,37 @@ impl Tree {
     }
 
     /// What to change in the mirror after `events`. If some were lost, everything is looked at.
-    fn follow(
-        &mut self,
-        events: &[&InotifyEvent],
-        lost: bool,
-        watches: &mut Watches,
-    ) -> Result<Vec<MirrorChange>, Refusal> {
-        let mut followed = Err(Refusal::Burst);
+    fn follow(&self, events: &[&InotifyEvent], lost: bool, watches: &mut Watches) -> Followed {
         if !lost && !self.behind {
             let mut batch = Batch::new(self, watches);
-            followed = match batch.replay(events) {
-                Ok(true) => batch.compare(false, false).map(|()| batch.done()),
-                Ok(false) => Ok(batch.done()),
-                Err(refusal) => Err(refusal),
-            };
+            let replayed = batch.replay(events).and_then(|structure| {
+                let told = batch.changes.len();
+                if structure {
+                    batch.compare(false, false)?;
+                }
+                batch.early |= batch.changes.len() > told;
+                Ok(())
+            });
+            if replayed.is_ok() {
+                return batch.done();
+            }
         }
-        if followed.is_err() {
-            let mut batch = Batch::new(self, watches);
-            followed = batch.compare(true, self.mistrusted).map(|()| batch.done());
+        let mut batch = Batch::new(self, watches);
+        match batch.compare(true, self.mistrusted) {
+            Ok(()) => batch.done(),
+            Err(refusal) => Followed {
+                result: Err(refusal),
+                early: false,
+            },
         }
-        match followed {
+    }
+
+    /// Takes over what [`Self::follow`] found, and tells what to change.
+    fn settle(&mut self, followed: Followed, watches: &mut Watches) -> Result<Vec<MirrorChange>, Refusal> {
+        match followed.result {
             Ok((state, changes)) => {
                 self.state = state;
+                watches.keep(self.number, &self.state.directories);
                 (self.behind, self.mistrusted) = (false, false);
                 Ok(changes)
             }
@@ -271,6 +314,8 @@ struct Batch<'a> {
     told: usize,
     /// What has been read since the events that are being told: they tell nothing new of it.
     fresh: HashSet<Vec<u8>>,
+    /// Something was not found where the events leave it.
+    early: bool,
 }
 
 impl<'a> Batch<'a> {
@@ -283,11 +328,15 @@ impl<'a> Batch<'a> {
             changes: Vec::new(),
             told: 0,
             fresh: HashSet::new(),
+            early: false,
         }
     }
 
-    fn done(self) -> (State, Vec<MirrorChange>) {
-        (self.state, self.changes)
+    fn done(self) -> Followed {
+        Followed {
+            result: Ok((self.state, self.changes)),
+            early: self.early,
+        }
     }
 
     fn look(&self, path: &[u8]) -> Result<Option<Found>, Refusal> {
@@ -341,6 +390,7 @@ impl<'a> Batch<'a> {
                     renamed.insert(event.cookie);
                     self.rename(&path, &to);
                 } else {
+                    self.early = true;
                     self.change(Kind::TAKE_OUT, &path, None, b"");
                     self.forget(&path);
                 }
@@ -374,8 +424,11 @@ impl<'a> Batch<'a> {
         rest: &[&InotifyEvent],
     ) -> Result<(), Refusal> {
         let found = self.find(&path, Some((event, rest)))?;
-        // What comes and goes that fast is not told of.
-        let Some(found) = found else { return Ok(()) };
+        let Some(found) = found else {
+            // What comes and goes that fast is not told of.
+            self.early |= !self.is_removed(event, rest);
+            return Ok(());
+        };
         match self.state.nodes.get(&path) {
             Some(node) if node.stat.id == found.stat.id => Ok(()),
             Some(_) => self.add(path, found, How::Moved),
@@ -392,6 +445,14 @@ impl<'a> Batch<'a> {
                 .map_or(Ok(None), |path| self.look(&path)),
             _ => Ok(found),
         }
+    }
+
+    /// Whether what `event` tells of was removed later, at its first place.
+    fn is_removed(&self, event: &InotifyEvent, rest: &[&InotifyEvent]) -> bool {
+        rest.iter().any(|other| {
+            other.mask.contains(AddWatchFlags::IN_DELETE)
+                && (other.wd, &other.name) == (event.wd, &event.name)
+        })
     }
 
     /// Where what `event` tells of was moved later, if it was.
@@ -523,6 +584,7 @@ impl<'a> Batch<'a> {
             return Ok(());
         }
         let Some(found) = self.find(path, since)? else {
+            self.early = true;
             return Ok(());
         };
         let stat = found.stat;
@@ -591,7 +653,6 @@ impl<'a> Batch<'a> {
                     .filter(|watch| self.state.directories.get(watch) == Some(&path));
                 if let Some(watch) = watch {
                     self.state.directories.remove(&watch);
-                    self.watches.remove(self.number, watch);
                 }
             }
             self.fresh.remove(&path);
@@ -698,14 +759,13 @@ impl<'a> Batch<'a> {
         self.check_size()
     }
 
-    /// Lets go of watches of directories that an earlier, failed attempt added or that were replaced.
+    /// Forgets watches that were replaced.
     fn drop_old_watches(&mut self) {
         let nodes = &self.state.nodes;
         let is_used = |watch: &WatchDescriptor, path: &Vec<u8>| {
             nodes.get(path).is_some_and(|node| node.watch == Some(*watch))
         };
         self.state.directories.retain(|watch, path| is_used(watch, path));
-        self.watches.keep(self.number, &self.state.directories);
     }
 }
 

@@ -187,6 +187,36 @@ fn an_exchange_is_told_as_it_happened() {
     stage.assert_equal();
 }
 
+/// Whenever it is read: a name may have gone on before its event is looked at.
+#[test]
+fn exchanges_are_told_as_they_happen() {
+    let mut stage = Stage::new(kubelet);
+    for number in 1..=100 {
+        let path = stage.dir.path().to_owned();
+        let (old, new) = (format!("..{number}"), format!("..{}", number + 1));
+        let names = (old.clone(), new.clone());
+        let host = std::thread::spawn(move || exchange(&path, &names.0, &names.1));
+        let mut told = Vec::new();
+        while !host.is_finished() {
+            told.extend(stage.told());
+        }
+        host.join().unwrap();
+        told.extend(stage.told());
+        stage.assert_equal();
+        // When the files in the new directory are met, and how often, is a matter of time.
+        told.retain(|told| !told.ends_with("/key") && !told.starts_with("ATTRIBUTES"));
+        assert_eq!(
+            told,
+            [
+                format!("CREATE {new}"),
+                "CREATE ..data_tmp".to_owned(),
+                "RENAME ..data_tmp ..data".to_owned(),
+                format!("REMOVE {old}"),
+            ]
+        );
+    }
+}
+
 #[test]
 fn a_file_is_changed_where_it_is() {
     let mut stage = Stage::new(|path| fs::write(path.join("file"), "one").unwrap());

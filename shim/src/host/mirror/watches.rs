@@ -4,10 +4,12 @@ use std::{
     collections::HashMap,
     io,
     os::fd::{AsFd, OwnedFd},
+    time::Duration,
 };
 
 use nix::{
     errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::inotify::{AddWatchFlags, InitFlags, Inotify, InotifyEvent, WatchDescriptor},
 };
 
@@ -38,6 +40,15 @@ pub(super) struct News {
     pub lost: bool,
     /// There is no more to read now.
     pub drained: bool,
+}
+
+impl News {
+    /// Adds what happened after it.
+    pub fn append(&mut self, later: Self) {
+        self.events.extend(later.events);
+        self.lost |= later.lost || self.events.len() >= MAX_EVENTS;
+        self.drained = later.drained;
+    }
 }
 
 #[derive(Debug)]
@@ -123,6 +134,16 @@ impl Watches {
                 news.lost = true;
                 return Ok(news);
             }
+        }
+    }
+
+    /// What happens within `patience`, if nothing has happened yet.
+    pub fn wait(&mut self, patience: Duration) -> io::Result<News> {
+        let mut ready = [PollFd::new(self.inotify.as_fd(), PollFlags::POLLIN)];
+        let patience = PollTimeout::try_from(patience).unwrap_or(PollTimeout::MAX);
+        match poll(&mut ready, patience) {
+            Ok(_) | Err(Errno::EINTR) => self.read(),
+            Err(error) => Err(error.into()),
         }
     }
 }
