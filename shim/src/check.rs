@@ -1,4 +1,9 @@
-//! Whether this machine can run husk, and what to do if not.
+//! Whether this machine can run husk, and what to do if not; and what is true of a sandbox that runs ([`sandbox`]).
+
+pub mod expected;
+pub mod process;
+pub mod sandbox;
+pub mod settings;
 
 use std::{
     fs::File,
@@ -12,6 +17,7 @@ use std::{
 
 use tokio::{sync::mpsc::unbounded_channel, time::timeout};
 
+use self::settings::Advice;
 use crate::{
     config::{Config, ConfigError, Source},
     engine::{CgroupConfig, LocateError, Programs, Sandbox, SandboxConfig, cleanup},
@@ -88,6 +94,8 @@ pub struct Fault {
 pub struct Report {
     /// The items in the order they were looked at.
     pub items: Vec<Item>,
+    /// What had better be otherwise.
+    pub advice: Vec<Advice>,
     /// From the start of the machine to the agent's hello, if a guest was booted.
     pub boot: Option<Duration>,
 }
@@ -106,6 +114,7 @@ pub async fn check(options: Options) -> Report {
         item("rights", rights()),
         item(KVM, kvm(Path::new(KVM))),
         item("host kernel", host_kernel()),
+        item("user namespaces", settings::user_namespaces(Path::new("/"))),
         item(tap::DEVICE, taps()),
     ];
     let config = match options.config.load() {
@@ -137,6 +146,7 @@ pub async fn check(options: Options) -> Report {
     }
     Report {
         items,
+        advice: settings::advice(Path::new("/")),
         boot: boot_time,
     }
 }

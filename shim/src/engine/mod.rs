@@ -49,7 +49,7 @@ pub use cleanup::cleanup;
 pub use error::{CleanupError, EngineError, LocateError, StartError, last_words};
 pub use programs::Programs;
 pub use sandbox::Sandbox;
-pub use status::{ContainerStatus, Seen, Status, sandboxes};
+pub use status::{ContainerStatus, Role, Seen, Status, sandboxes};
 
 use crate::{
     config::Config,

@@ -15,7 +15,10 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 
 use super::{lock, record::Record, table::Table};
-use crate::host::statedir::{RUN, StateDir};
+use crate::host::{
+    pid::Identity,
+    statedir::{RUN, StateDir},
+};
 
 /// Name of the file in the sandbox's directory.
 const FILE: &str = "status.json";
@@ -73,11 +76,33 @@ pub struct Seen {
     pub vmm: u32,
     /// What its engine said last.
     pub status: Status,
+    /// Its processes on the host, as they were recorded: none need live any more.
+    pub processes: Vec<(Role, Identity)>,
     /// Its directory.
     pub dir: PathBuf,
 }
 
+/// What a process on the host is to a sandbox.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// The engine: containerd's shim, or the `husk` command.
+    Engine,
+    /// `husk-vmm`.
+    Vmm,
+    /// `husk-fsd`.
+    Fsd,
+    /// `husk-standin`, of a container or an exec.
+    StandIn,
+    /// Something else that the engine runs: a hook, a logger.
+    Helper,
+}
+
 impl Seen {
+    /// Where the share is made that the guest sees.
+    pub fn share(&self) -> PathBuf {
+        self.dir.join("share")
+    }
+
     /// Where the sandbox's log is kept; see [`crate::host::ringlog::read`].
     pub fn log(&self) -> PathBuf {
         self.dir.join(LOG)
@@ -140,8 +165,20 @@ fn look(run: &Path, namespace: &str, id: &str) -> Option<Seen> {
         alive,
         vmm: record.vmm.map_or(0, |vmm| vmm.pid),
         status,
+        processes: processes(&record),
         dir,
     })
+}
+
+fn processes(record: &Record) -> Vec<(Role, Identity)> {
+    let one = |role, identity: Option<Identity>| identity.map(|identity| (role, identity));
+    let programs = [
+        one(Role::Engine, record.engine),
+        one(Role::Vmm, record.vmm),
+        one(Role::Fsd, record.fsd),
+    ];
+    let standins = record.standins.iter().map(|identity| (Role::StandIn, *identity));
+    programs.into_iter().flatten().chain(standins).collect()
 }
 
 fn load(dir: &Path) -> io::Result<Status> {

@@ -14,7 +14,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use tracing_subscriber::filter::LevelFilter;
 
 use super::{
-    log,
+    facts, log,
     peek::{What, peek},
     ps, report, run, spec,
     status::chain,
@@ -56,7 +56,11 @@ pub enum Command {
     Run(RunArgs),
     /// Tell whether this machine can run husk, and what to do if not
     ///
-    /// Exits with 0 if it can, and with 1 if not.
+    /// Exits with 0 if it can, and with 1 if not. What is advised against ("warn") does not keep husk from running.
+    ///
+    /// With --sandbox: tell how the processes of a running sandbox are locked in, as the kernel shows it now. Exits with
+    /// 1 if anything that is expected of them does not hold.
+    #[command(verbatim_doc_comment)]
     Check(CheckArgs),
     /// List the containers of all engines on this machine
     ///
@@ -99,12 +103,33 @@ pub struct CheckArgs {
     /// Print nothing; the exit code tells
     #[arg(short, long)]
     pub quiet: bool,
-    /// Print a JSON document
+    /// How to print
+    #[arg(short, long, value_enum, default_value_t = Format::Table)]
+    pub format: Format,
+    /// The same as --format json
     #[arg(long, conflicts_with = "quiet")]
     pub json: bool,
     /// Time for a guest to boot; 0: boot none
-    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value_t = 30,
+        conflicts_with = "sandbox"
+    )]
     pub timeout: u64,
+    /// Look at this running sandbox (or that of this container) instead
+    #[arg(long, value_name = "ID")]
+    pub sandbox: Option<String>,
+    /// The sandbox's namespace, where several have one of this name
+    #[arg(short, long, value_name = "NAMESPACE", requires = "sandbox")]
+    pub namespace: Option<String>,
+}
+
+impl CheckArgs {
+    /// How to print.
+    pub fn form(&self) -> Format {
+        if self.json { Format::Json } else { self.format }
+    }
 }
 
 /// `husk ps`.
@@ -124,12 +149,12 @@ pub struct PsArgs {
     pub namespace: Option<String>,
 }
 
-/// How a list is printed.
+/// How something is printed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Format {
     /// For people
     Table,
-    /// A JSON array
+    /// JSON
     Json,
 }
 
@@ -204,7 +229,10 @@ pub fn main(args: Vec<OsString>) -> ExitCode {
     }
     let code = source(cli.config.as_deref()).and_then(|config| match &cli.command {
         Command::Run(args) => with_runtime(run::run(args, config)),
-        Command::Check(args) => with_runtime(report::check(args, config)),
+        Command::Check(args) => match &args.sandbox {
+            Some(id) => facts::check(args, id),
+            None => with_runtime(report::check(args, config)),
+        },
         Command::Ps(args) => ps::ps(args),
         Command::Console(args) => peek(args, What::Console),
         Command::Logs(args) => peek(args, What::Log),
@@ -288,6 +316,15 @@ mod tests {
             panic!()
         };
         assert!(args.quiet && args.timeout == 5);
+        let Command::Check(args) = parse(&["check", "--sandbox", "web", "-n", "moby", "--format", "json"])
+        else {
+            panic!()
+        };
+        assert_eq!(
+            (args.sandbox.as_deref(), args.form()),
+            (Some("web"), Format::Json)
+        );
+        assert!(Cli::try_parse_from(["husk", "check", "--sandbox", "web", "--timeout", "1"]).is_err());
         let cli = Cli::try_parse_from(["husk", "check", "--config", "/c"]).unwrap();
         assert_eq!(cli.config.as_deref(), Some(Path::new("/c")));
         let Command::Ps(args) = parse(&["ps", "-q", "-n", "moby", "-f", "json"]) else {

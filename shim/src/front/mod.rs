@@ -4,7 +4,7 @@
 //! commands and [`serve`] the server that `start` leaves behind. In the server, [`task`] is containerd's service
 //! and [`pod`] the tasks behind it; [`order`] and [`publish`] carry their events, [`metrics`] what they used.
 //!
-//! The command: [`cli`] is its grammar; [`run`], [`report`], [`ps`], [`peek`] and [`spec`] do what it says.
+//! The command: [`cli`] is its grammar; [`run`], [`report`], [`facts`], [`ps`], [`peek`] and [`spec`] do what it says.
 //!
 //! For both: [`options`] and [`settings`] find the configuration and what a sandbox is started with, [`log`] is the
 //! process's log.
@@ -13,6 +13,7 @@ pub mod bootstrap;
 pub mod bundle;
 pub mod cli;
 pub mod delete;
+pub mod facts;
 pub mod info;
 pub mod io;
 pub mod log;

@@ -67,7 +67,7 @@ pub fn peek(args: &PeekArgs, what: What) -> Result<u8, Failure> {
 }
 
 /// The sandbox that a name means: its own, or a container's in it.
-fn find<'a>(seen: &'a [Seen], id: &str, namespace: Option<&str>) -> Result<&'a Seen, String> {
+pub(super) fn find<'a>(seen: &'a [Seen], id: &str, namespace: Option<&str>) -> Result<&'a Seen, String> {
     let named = |sandbox: &&Seen| {
         namespace.is_none_or(|namespace| sandbox.namespace == namespace)
             && (sandbox.id == id
@@ -231,6 +231,7 @@ mod tests {
                 }],
                 ..Status::default()
             },
+            processes: Vec::new(),
             dir: "/".into(),
         }
     }

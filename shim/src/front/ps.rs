@@ -182,6 +182,7 @@ mod tests {
                 created: 900,
                 containers,
             },
+            processes: Vec::new(),
             dir: "/run/husk/default".into(),
         };
         vec![

@@ -8,11 +8,11 @@ use std::{
 use serde_json::{Value, json};
 
 use super::{
-    cli::{CheckArgs, FAILURE},
+    cli::{CheckArgs, FAILURE, Format},
     run::Failure,
 };
 use crate::{
-    check::{Options, Report},
+    check::{Fault, Options, Report},
     config::Source,
 };
 
@@ -26,12 +26,10 @@ pub async fn check(args: &CheckArgs, config: Source) -> Result<u8, Failure> {
         config,
     };
     let report = crate::check::check(options).await;
-    let text = if args.quiet {
-        String::new()
-    } else if args.json {
-        format!("{:#}\n", document(&report))
-    } else {
-        plain(&report)
+    let text = match args.form() {
+        _ if args.quiet => String::new(),
+        Format::Json => format!("{:#}\n", document(&report)),
+        Format::Table => plain(&report),
     };
     io::stdout().write_all(text.as_bytes()).map_err(|error| Failure {
         code: FAILURE,
@@ -41,17 +39,22 @@ pub async fn check(args: &CheckArgs, config: Source) -> Result<u8, Failure> {
 }
 
 fn plain(report: &Report) -> String {
-    let width = report.items.iter().map(|item| item.name.len()).max().unwrap_or(0);
+    let items = report.items.iter().map(|item| match &item.found {
+        Ok(found) => ("ok  ", item.name, found, None),
+        Err(fault) => ("FAIL", item.name, &fault.problem, Some(&fault.remedy)),
+    });
+    let advice = report.advice.iter().map(|advice| {
+        let Fault { problem, remedy } = &advice.fault;
+        ("warn", advice.name, problem, Some(remedy))
+    });
+    let lines: Vec<_> = items.chain(advice).collect();
+    let width = lines.iter().map(|(_, name, ..)| name.len()).max().unwrap_or(0);
     let mut text = String::new();
-    for item in &report.items {
-        let (mark, found) = match &item.found {
-            Ok(found) => ("ok  ", found),
-            Err(fault) => ("FAIL", &fault.problem),
-        };
+    for (mark, name, found, remedy) in lines {
         let found = found.replace('\n', &format!("\n      {:width$}  ", ""));
-        text.push_str(&format!("{mark}  {:width$}  {found}\n", item.name));
-        if let Err(fault) = &item.found {
-            text.push_str(&format!("      {:width$}  -> {}\n", "", fault.remedy));
+        text.push_str(&format!("{mark}  {name:width$}  {found}\n"));
+        if let Some(remedy) = remedy {
+            text.push_str(&format!("      {:width$}  -> {remedy}\n", ""));
         }
     }
     text.push_str(if report.ok() {
@@ -74,13 +77,18 @@ fn document(report: &Report) -> Value {
         })
         .collect();
     let boot_ms = report.boot.map(|boot| boot.as_secs_f64() * 1e3);
-    json!({ "ok": report.ok(), "boot_ms": boot_ms, "items": items })
+    let warnings = report.advice.iter().map(|advice| {
+        let Fault { problem, remedy } = &advice.fault;
+        json!({ "name": advice.name, "problem": problem, "remedy": remedy })
+    });
+    let warnings: Vec<Value> = warnings.collect();
+    json!({ "ok": report.ok(), "boot_ms": boot_ms, "items": items, "warnings": warnings })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::check::{Fault, Item};
+    use crate::check::{Item, settings::Advice};
 
     fn report() -> Report {
         let mut report = Report {
@@ -98,6 +106,13 @@ mod tests {
                 remedy: "load kvm_amd or kvm_intel".into(),
             }),
         });
+        report.advice.push(Advice {
+            name: "KSM",
+            fault: Fault {
+                problem: "it runs".into(),
+                remedy: "stop it".into(),
+            },
+        });
         report
     }
 
@@ -108,6 +123,8 @@ mod tests {
             "ok    root      yes\n\
              FAIL  /dev/kvm  no such device\n\
              \u{20}               -> load kvm_amd or kvm_intel\n\
+             warn  KSM       it runs\n\
+             \u{20}               -> stop it\n\
              This machine cannot run husk as it is.\n"
         );
     }
@@ -121,5 +138,9 @@ mod tests {
         );
         assert_eq!(document["items"][0]["found"], "yes");
         assert_eq!(document["items"][1]["remedy"], "load kvm_amd or kvm_intel");
+        assert_eq!(
+            document["warnings"],
+            json!([{ "name": "KSM", "problem": "it runs", "remedy": "stop it" }])
+        );
     }
 }
