@@ -142,13 +142,14 @@ pub enum End {
     EngineGone,
 }
 
-/// Makes the machine, runs it and returns when it has ended. Threads may still be running then: the process is to exit.
+/// Makes the machine, runs it, as `user` if one is given, and returns when it has ended. Threads may still be running then:
+/// the process is to exit.
 ///
 /// # Errors
 /// When the machine cannot be made or go on. The engine has not been told yet.
-pub fn run(fds: Fds, control: &Control) -> Result<End, MachineError> {
+pub fn run(fds: Fds, control: &Control, user: Option<u32>) -> Result<End, MachineError> {
     // All that is needed was opened by the engine. From here on all threads are born without rights.
-    lockdown::enter()?;
+    lockdown::enter(user)?;
 
     let config = match control.receive_config() {
         Err(ControlError::EngineGone) => return Ok(End::EngineGone),
@@ -227,6 +228,7 @@ pub fn run(fds: Fds, control: &Control) -> Result<End, MachineError> {
         thread.spawn(index)?;
     }
     drop(stopped);
+    lockdown::no_more_threads()?;
     seccomp::limit("main", &Role::Main).map_err(LockdownError::from)?;
     start.wait();
     control.report(&Report::Running)?;

@@ -10,7 +10,9 @@ const USAGE: &str =
     "husk-vmm runs one microVM of husk. husk starts it, with open descriptors at fixed numbers; it is not
 meant to be started by hand.
 
-Usage: husk-vmm [--help | --version]";
+Usage: husk-vmm [--user UID | --help | --version]
+
+  --user UID  the user and group that it becomes, its own alone";
 
 /// The arguments are wrong.
 const EXIT_USAGE: u8 = 2;
@@ -18,12 +20,13 @@ const EXIT_USAGE: u8 = 2;
 const EXIT_ENGINE_GONE: u8 = 3;
 
 fn main() -> ExitCode {
-    let mut arguments = std::env::args_os().skip(1);
-    match (
-        arguments.next().as_ref().and_then(|a| a.to_str()),
-        arguments.next(),
-    ) {
-        (None, None) => run(),
+    let arguments: Vec<String> = std::env::args_os()
+        .skip(1)
+        .map(|argument| argument.to_string_lossy().into_owned())
+        .collect();
+    let mut arguments = arguments.iter().map(String::as_str);
+    match (arguments.next(), arguments.next()) {
+        (None, None) => run(None),
         (Some("--help" | "-h"), None) => {
             println!("{USAGE}");
             ExitCode::SUCCESS
@@ -31,6 +34,9 @@ fn main() -> ExitCode {
         (Some("--version" | "-V"), None) => {
             println!("husk-vmm {}", env!("CARGO_PKG_VERSION"));
             ExitCode::SUCCESS
+        }
+        (Some("--user"), Some(user)) if user.parse::<u32>().is_ok_and(|user| user != 0) => {
+            run(user.parse().ok())
         }
         _ => {
             eprintln!("{USAGE}");
@@ -40,7 +46,7 @@ fn main() -> ExitCode {
 }
 
 /// 0 when the guest ended, whichever way.
-fn run() -> ExitCode {
+fn run(user: Option<u32>) -> ExitCode {
     // SAFETY: this is the start of the process; nothing has made a descriptor before.
     let control = match unsafe { fds::take_control() } {
         Ok(socket) => Control::new(socket),
@@ -51,7 +57,7 @@ fn run() -> ExitCode {
     };
     // SAFETY: likewise; the control socket is not taken again.
     let outcome = match unsafe { fds::take_rest() } {
-        Ok(fds) => machine::run(fds, &control).map_err(|e| log::chain(&e)),
+        Ok(fds) => machine::run(fds, &control, user).map_err(|e| log::chain(&e)),
         Err(e) => Err(log::chain(&e)),
     };
     match outcome {

@@ -181,7 +181,7 @@ impl Thread {
         let own_name = name.to_owned();
         let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
             #[cfg(test)]
-            crate::lockdown::violation::watch().unwrap();
+            crate::lockdown::watch_violations().unwrap();
             let limited = seccomp::limit(&own_name, &Role::Device(device));
             let is_limited = limited.is_ok();
             // Whoever starts the thread waits for this.

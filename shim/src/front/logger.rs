@@ -242,6 +242,7 @@ async fn run(binary: &Binary, whose: Whose<'_>) -> io::Result<(Child, Inputs, Re
         umask: 0o022,
         // After a crash of this process it still writes what it has.
         dies_with_us: false,
+        own_pids: false,
         // It may still write when the sandbox is gone.
         cgroup: None,
     };

@@ -1,6 +1,7 @@
 //! The machine: `husk-vmm` and `husk-fsd`, launched side by side with all they need, and watched to their end.
 
 use std::{
+    ffi::CString,
     fs::File,
     io,
     os::fd::{AsFd, OwnedFd},
@@ -227,8 +228,16 @@ pub async fn launch(
         .await
         .map_err(resource("the control socket"))?;
     let surroundings = || Surroundings {
+        own_pids: true,
         cgroup: launch.cgroup.clone(),
         ..Surroundings::default()
+    };
+    let as_user = Surroundings {
+        args: vec![
+            c"--user".into(),
+            CString::new(vmm_user().to_string()).unwrap_or_default(),
+        ],
+        ..surroundings()
     };
     let mut vmm = Program {
         path: &launch.programs.vmm,
@@ -261,7 +270,7 @@ pub async fn launch(
         ],
     };
     let (vmm, fsd) = (
-        child::spawn_in(vmm, surroundings()),
+        child::spawn_in(vmm, as_user),
         child::spawn_in(fsd, surroundings()),
     );
     let (vmm, fsd) = match tokio::join!(vmm, fsd) {
@@ -302,6 +311,13 @@ pub async fn launch(
         vmm_log,
         fsd_log,
     })
+}
+
+/// The user that the VMM becomes: no other VM's, since this process serves one sandbox, which ends with it. The range,
+/// from 0x7000_0000 to as many pids as Linux can have above it, is nobody's by convention (systemd's UIDS-GIDS).
+fn vmm_user() -> u32 {
+    const FIRST: u32 = 0x7000_0000;
+    FIRST.saturating_add(std::process::id())
 }
 
 fn pipe() -> io::Result<(Receiver, OwnedFd)> {

@@ -55,6 +55,8 @@ pub struct Surroundings {
     pub umask: libc::mode_t,
     /// It is killed when this process dies.
     pub dies_with_us: bool,
+    /// It is the first process of a pid namespace of its own.
+    pub own_pids: bool,
     /// Where it is born; `None`: where this process came from, see [`cgroup::move_in`].
     pub cgroup: Option<Arc<Cgroup>>,
 }
@@ -67,6 +69,7 @@ impl Default for Surroundings {
             env: Vec::new(),
             umask: 0o077,
             dies_with_us: true,
+            own_pids: false,
             cgroup: None,
         }
     }
@@ -172,6 +175,7 @@ struct Plan {
     env: Vec<CString>,
     umask: libc::mode_t,
     dies_with_us: bool,
+    own_pids: bool,
     cgroup: Option<Arc<Cgroup>>,
     failure: OwnedFd,
     result: OwnedFd,
@@ -210,6 +214,7 @@ impl Plan {
             env: surroundings.env,
             umask: surroundings.umask,
             dies_with_us: surroundings.dies_with_us,
+            own_pids: surroundings.own_pids,
             cgroup: surroundings.cgroup,
             failure: stage(&failure)?,
             result,
@@ -235,20 +240,19 @@ fn run(plan: Plan, started: oneshot::Sender<io::Result<Child>>) {
     let args = plan.args.iter().map(|arg| arg.as_ptr());
     let argv: Vec<*const c_char> = own_name.chain(args).chain(null.clone()).collect();
     let envp: Vec<*const c_char> = plan.env.iter().map(|name| name.as_ptr()).chain(null).collect();
-    let parent = std::process::id() as libc::pid_t;
     let home = plan
         .cgroup
         .as_deref()
         .map(Cgroup::entry)
         .or_else(|| cgroup::origin());
     // SAFETY: the child calls only async-signal-safe functions (see `child`) and never returns.
-    let pid = match unsafe { fork(home) } {
+    let pid = match unsafe { fork(home, plan.own_pids) } {
         (-1, _) => {
             let _ = started.send(Err(io::Error::last_os_error()));
             return;
         }
         // SAFETY: this is the child of a fork, with the plan and the arrays built before it.
-        (0, born) => unsafe { child(&plan, parent, &argv, &envp, home.map(|home| (home, born))) },
+        (0, born) => unsafe { child(&plan, &argv, &envp, home.map(|home| (home, born))) },
         (pid, _) => pid,
     };
     let Plan {
@@ -304,28 +308,33 @@ fn executed(result: &mut OwnedFd) -> io::Result<()> {
 ///
 /// # Safety
 /// As for fork(2) in a process with threads: the child may call only async-signal-safe functions.
-unsafe fn fork(home: Option<&Entry>) -> (libc::pid_t, bool) {
+unsafe fn fork(home: Option<&Entry>, own_pids: bool) -> (libc::pid_t, bool) {
+    // SAFETY: all zeros are a valid value.
+    let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
+    args.exit_signal = libc::SIGCHLD as u64;
+    if own_pids {
+        args.flags = libc::CLONE_NEWPID as u64;
+    }
+    // SAFETY: the arguments live through the call. Without CLONE_VM the child has its own copy of the memory.
+    let clone = |args: &libc::clone_args| unsafe {
+        libc::syscall(libc::SYS_clone3, &raw const *args, size_of_val(args)) as libc::pid_t
+    };
     if let Some(dir) = home.and_then(Entry::unified) {
-        // SAFETY: all zeros are a valid value.
-        let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
-        args.flags = CLONE_INTO_CGROUP;
-        args.exit_signal = libc::SIGCHLD as u64;
-        args.cgroup = dir.as_raw_fd() as u64;
-        // SAFETY: the arguments live through the call. Without CLONE_VM the child has its own copy of the memory.
-        let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of_val(&args)) };
+        let mut there = args;
+        there.flags |= CLONE_INTO_CGROUP;
+        there.cgroup = dir.as_raw_fd() as u64;
+        let pid = clone(&there);
         if pid >= 0 {
-            return (pid as libc::pid_t, true);
+            return (pid, true);
         }
     }
-    // SAFETY: the caller's.
-    (unsafe { libc::fork() }, false)
+    (clone(&args), false)
 }
 
 /// # Safety
 /// Only in the child of a fork, with the signals blocked.
 unsafe fn child(
     plan: &Plan,
-    parent: libc::pid_t,
     argv: &[*const c_char],
     envp: &[*const c_char],
     home: Option<(&Entry, bool)>,
@@ -346,8 +355,14 @@ unsafe fn child(
         {
             fail();
         }
-        // The parent may have died before the death signal was asked for.
-        if libc::getppid() != parent {
+        // The parent may have died before the death signal was asked for: then nobody can be told of a failure.
+        let mut told = libc::pollfd {
+            fd: plan.failure.as_raw_fd(),
+            events: 0,
+            revents: 0,
+        };
+        libc::close(plan.result.as_raw_fd());
+        if libc::poll(&raw mut told, 1, 0) != 0 {
             libc::_exit(127);
         }
         libc::umask(plan.umask);
@@ -422,6 +437,28 @@ mod tests {
         );
         assert!(!text.contains("HOME="), "{text}");
         assert_eq!(child.ended().await, End::Exited(0));
+    }
+
+    #[tokio::test]
+    async fn a_child_may_have_pids_of_its_own() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = script(dir.path(), "echo $$ $1 >&3; exec sleep 1000");
+        let (read, write) = nix::unistd::pipe2(OFlag::O_CLOEXEC).unwrap();
+        let program = Program {
+            path: &path,
+            fds: vec![(3, write)],
+        };
+        let surroundings = Surroundings {
+            args: vec![c"argument".into()],
+            own_pids: true,
+            ..Surroundings::default()
+        };
+        let child = spawn_in(program, surroundings).await.unwrap();
+        let mut told = [0; 11];
+        fs::File::from(read).read_exact(&mut told).unwrap();
+        assert_eq!(&told, b"1 argument\n");
+        child.kill();
+        assert_eq!(child.ended().await.to_string(), "was killed by SIGKILL");
     }
 
     #[tokio::test]

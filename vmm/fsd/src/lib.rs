@@ -16,5 +16,6 @@ pub mod handle;
 pub mod lockdown;
 pub mod node;
 pub mod passthrough;
+pub mod seccomp;
 pub mod serve;
 pub mod sys;

@@ -1,12 +1,19 @@
 //! What the server gives up before it reads its first request.
 //!
-//! It ends with the share as its root directory in a mount namespace of its own, a private /proc/self/fd and
-//! nothing else of /proc, the capabilities of [`capabilities::KEPT`], and no descriptors but those of its table.
+//! It ends with the share as its root directory in mount, net, ipc and uts namespaces of its own (husk starts it in a pid
+//! namespace, too), a private /proc/self/fd and nothing else of /proc, the capabilities of [`capabilities::KEPT`], no
+//! descriptors but those of its table, no program that it may execute and no port that it may reach (Landlock). Its user
+//! stays the host's root: a user namespace's root has no right to files of others. What system calls its threads may make
+//! is limited once they run ([`crate::seccomp`]).
 //! Mounts that the host makes beneath the share later still show up: the namespace is a slave of the host's. For
 //! that the host has to have the share on a shared mount (`mount --make-shared`).
 
 use crate::capabilities::{self, Sets, set_of};
 use crate::sys::Errno;
+use husk_lockdown::landlock::{self, Files};
+use husk_lockdown::limits;
+use husk_lockdown::violation::{self, Witness};
+use husk_vmm_protocol::fds::fsd as table;
 use std::ffi::CStr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
@@ -40,6 +47,9 @@ pub struct Jail {
     /// /proc/self/fd (`O_PATH`), on a procfs mounted nowhere.
     pub proc_fds: OwnedFd,
 }
+
+const NAMESPACES: libc::c_int =
+    libc::CLONE_NEWNS | libc::CLONE_NEWNET | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS | libc::CLONE_NEWCGROUP;
 
 const SECBIT_NOROOT: libc::c_ulong = 1 << 0;
 const SECBIT_NO_SETUID_FIXUP: libc::c_ulong = 1 << 2;
@@ -130,7 +140,11 @@ pub fn enter(share: OwnedFd, end: RawFd) -> Result<Jail, LockdownError> {
     let step = |step: &'static str| move |source: Errno| LockdownError::Step { step, source };
 
     close_from(end).map_err(step("closing descriptors that were passed by mistake"))?;
-    set_limits().map_err(step("setting resource limits"))?;
+    // As many descriptors as the host allows: each file that the guest knows takes one.
+    limits::nothing_but_files().map_err(|e| step("setting resource limits")(e.into()))?;
+    // A file larger than RLIMIT_FSIZE is to be an error that the guest sees, not the server's end.
+    // SAFETY: ignoring a signal installs no handler.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
     // SAFETY: no pointers are involved.
     unsafe { libc::umask(0) };
 
@@ -138,13 +152,23 @@ pub fn enter(share: OwnedFd, end: RawFd) -> Result<Jail, LockdownError> {
     call(unsafe_fchdir(share.as_fd())).map_err(step("entering the share"))?;
     drop(share);
     // SAFETY: no pointers are involved; the process has one thread.
-    call(unsafe { libc::unshare(libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS) })
+    call(unsafe { libc::unshare(NAMESPACES) })
         .map_err(step("making namespaces (husk-fsd must be started as root)"))?;
     mount_flags(libc::MS_REC | libc::MS_SLAVE).map_err(step("cutting the way for mounts to the host"))?;
     let proc_fds = private_proc_fds().map_err(step("making a private /proc"))?;
     let root = take_share_as_root().map_err(step("making the share the root directory"))?;
 
     drop_rights().map_err(step("giving up capabilities"))?;
+    let files = Files::Execution {
+        root: root.as_raw_fd(),
+    };
+    landlock::deny(files).map_err(|e| step("locking itself in by Landlock")(e.into()))?;
+    violation::watch(Witness {
+        program: "husk-fsd",
+        log: table::LOG,
+        reports: None,
+    })
+    .map_err(|e| step("watching for forbidden system calls")(e.into()))?;
     Ok(Jail { root, proc_fds })
 }
 
@@ -169,30 +193,6 @@ fn close_from(end: RawFd) -> Result<(), Errno> {
     // SAFETY: the process has not yet opened anything of its own that it still uses.
     let result = unsafe { libc::syscall(libc::SYS_close_range, end, libc::c_uint::MAX, 0) };
     if result < 0 { Err(Errno::last()) } else { Ok(()) }
-}
-
-/// As many descriptors as the host allows (each file that the guest knows takes one), and no core dump, which would
-/// hold the guest's data.
-fn set_limits() -> Result<(), Errno> {
-    let mut files = libc::rlimit {
-        rlim_cur: 0,
-        rlim_max: 0,
-    };
-    // SAFETY: `files` lives through the call.
-    call(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut files) })?;
-    files.rlim_cur = files.rlim_max;
-    // SAFETY: `files` lives through the call.
-    call(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const files) })?;
-    let none = libc::rlimit {
-        rlim_cur: 0,
-        rlim_max: 0,
-    };
-    // SAFETY: `none` lives through the call.
-    call(unsafe { libc::setrlimit(libc::RLIMIT_CORE, &raw const none) })?;
-    // A file larger than RLIMIT_FSIZE is to be an error that the guest sees, not the server's end.
-    // SAFETY: ignoring a signal installs no handler.
-    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
-    Ok(())
 }
 
 fn mount_flags(flags: libc::c_ulong) -> Result<(), Errno> {

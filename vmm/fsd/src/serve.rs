@@ -3,7 +3,10 @@
 use crate::credentials;
 use crate::fuse::{Args, Body, InHeader, OUT_HEADER_LEN};
 use crate::passthrough::{Answer, Passthrough};
+use crate::seccomp;
 use crate::sys::{self, Errno};
+use husk_lockdown::limits;
+use husk_lockdown::seccomp::SeccompError;
 use husk_vmm_protocol::fs::{HEADER_LEN, MAX_REPLY_LEN, MAX_REQUEST_LEN, ReplyHeader, RequestHeader};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -24,6 +27,12 @@ pub enum ServeError {
     /// A thread could not be readied.
     #[error("a thread could not take a working directory of its own")]
     Enter(#[source] Errno),
+    /// A thread's system calls could not be limited, or the threads' number.
+    #[error("a thread could not be locked in")]
+    Limit(#[source] io::Error),
+    /// Likewise.
+    #[error(transparent)]
+    Seccomp(#[from] SeccompError),
     /// The channel failed.
     #[error("the channel to the VMM failed while {0}")]
     Channel(&'static str, #[source] io::Error),
@@ -44,20 +53,24 @@ pub fn serve(share: Passthrough, channel: OwnedFd) -> Result<(), ServeError> {
     let (ended, end) = mpsc::channel();
     for n in 0..THREADS {
         let (shared, ended) = (shared.clone(), ended.clone());
+        let name = format!("fs-{n}");
         std::thread::Builder::new()
-            .name(format!("fs-{n}"))
+            .name(name.clone())
             .spawn(move || {
                 // The receiver is gone when another thread has ended before.
-                let _ = ended.send(work(&shared.0, shared.1.as_fd()));
+                let _ = ended.send(work(&name, &shared.0, shared.1.as_fd()));
             })
             .map_err(ServeError::Thread)?;
     }
     drop(ended);
+    limits::limit(libc::RLIMIT_NPROC, 0).map_err(ServeError::Limit)?;
+    seccomp::limit_main()?;
     end.recv().unwrap_or(Err(ServeError::Panicked))
 }
 
-fn work(share: &Passthrough, channel: BorrowedFd<'_>) -> Result<(), ServeError> {
+fn work(name: &str, share: &Passthrough, channel: BorrowedFd<'_>) -> Result<(), ServeError> {
     credentials::enter(share.proc_fds()).map_err(ServeError::Enter)?;
+    seccomp::limit_worker(name)?;
     let mut packet = vec![0; HEADER_LEN + MAX_REQUEST_LEN];
     let mut body = Body::new(REPLY_START, HEADER_LEN + MAX_REPLY_LEN);
     loop {

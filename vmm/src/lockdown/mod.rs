@@ -1,13 +1,16 @@
-//! What the VMM gives up before it runs a guest: all capabilities and the chance to get any back, being looked into,
-//! files, ports and other processes ([`landlock`]), and at last, thread by thread, all system calls that are not needed
-//! ([`seccomp`]).
+//! What the VMM gives up before it runs a guest (`husk-lockdown` has the means): the host's namespaces and files, all
+//! capabilities and the chance to get any back, being looked into, files, ports and other processes, and at last, thread
+//! by thread, all system calls that are not needed ([`seccomp`]).
 
-pub mod landlock;
 pub mod seccomp;
-pub mod violation;
 
 use crate::{info, warning};
 use caps::CapSet;
+use husk_lockdown::namespaces::{self, NamespaceError};
+use husk_lockdown::seccomp::SeccompError;
+use husk_lockdown::violation::{self, Witness};
+use husk_lockdown::{landlock, limits};
+use husk_vmm_protocol::fds::vmm as table;
 use std::io;
 
 /// Why the VMM could not give up a right.
@@ -24,6 +27,9 @@ pub enum LockdownError {
         /// The cause.
         source: io::Error,
     },
+    /// The host could not be left.
+    #[error(transparent)]
+    Namespaces(#[from] NamespaceError),
     /// Landlock refuses.
     #[error("Landlock could not be used")]
     Landlock(#[source] io::Error),
@@ -32,20 +38,20 @@ pub enum LockdownError {
     Violation(#[source] io::Error),
     /// A thread could not be limited.
     #[error(transparent)]
-    Seccomp(#[from] seccomp::SeccompError),
+    Seccomp(#[from] SeccompError),
     /// A resource limit could not be set.
     #[error("a resource limit could not be set")]
     Limit(#[source] io::Error),
 }
 
-/// Gives up all that this process has not to do with, but for system calls. There must be but one thread: it is each
-/// thread's own, and those to come have it from this one.
+/// Gives up all that this process has not to do with, but for system calls, and becomes `user` if one is given. There must
+/// be but one thread: it is each thread's own, and those to come have it from this one.
 ///
 /// # Errors
 /// When any of it cannot be given up; the VMM must not run then.
-pub fn enter() -> Result<(), LockdownError> {
-    // No core dumps: they would hold the guest's memory.
-    limit(libc::RLIMIT_CORE, 0)?;
+pub fn enter(user: Option<u32>) -> Result<(), LockdownError> {
+    limits::nothing_but_files().map_err(LockdownError::Limit)?;
+    namespaces::leave_host(user)?;
     prctl("PR_SET_DUMPABLE", libc::PR_SET_DUMPABLE, 0)?;
     prctl("PR_SET_NO_NEW_PRIVS", libc::PR_SET_NO_NEW_PRIVS, 1)?;
     drop_bounding()?;
@@ -53,12 +59,33 @@ pub fn enter() -> Result<(), LockdownError> {
     for set in [CapSet::Effective, CapSet::Permitted, CapSet::Inheritable] {
         caps::clear(None, set)?;
     }
-    match landlock::deny_all().map_err(LockdownError::Landlock)? {
+    match landlock::deny(landlock::Files::All).map_err(LockdownError::Landlock)? {
         0 => warning!("this host's kernel has no Landlock to lock the VMM in with"),
         abi => info!("locked in by Landlock, ABI {abi}"),
     }
     one_heap();
-    violation::watch().map_err(LockdownError::Violation)
+    watch_violations()
+}
+
+/// Has a forbidden system call end the VMM with a report to the engine.
+///
+/// # Errors
+/// The kernel's.
+pub(crate) fn watch_violations() -> Result<(), LockdownError> {
+    violation::watch(Witness {
+        program: "husk-vmm",
+        log: table::LOG,
+        reports: Some(table::CONTROL),
+    })
+    .map_err(LockdownError::Violation)
+}
+
+/// No more threads than there are.
+///
+/// # Errors
+/// None that the kernel documents for this use.
+pub fn no_more_threads() -> Result<(), LockdownError> {
+    limits::limit(libc::RLIMIT_NPROC, 0).map_err(LockdownError::Limit)
 }
 
 /// Has all threads use one heap: those of their own need mprotect(2), and cost memory.
@@ -92,17 +119,5 @@ fn prctl(what: &'static str, option: i32, value: libc::c_ulong) -> Result<(), Lo
             what,
             source: io::Error::last_os_error(),
         }),
-    }
-}
-
-fn limit(resource: libc::__rlimit_resource_t, value: libc::rlim_t) -> Result<(), LockdownError> {
-    let limit = libc::rlimit {
-        rlim_cur: value,
-        rlim_max: value,
-    };
-    // SAFETY: `limit` lives through the call.
-    match unsafe { libc::setrlimit(resource, &raw const limit) } {
-        0 => Ok(()),
-        _ => Err(LockdownError::Limit(io::Error::last_os_error())),
     }
 }

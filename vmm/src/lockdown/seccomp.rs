@@ -1,14 +1,9 @@
 //! Which system calls each thread may make: nothing that it has no use for once it runs. The table in the README is made
 //! from these lists.
 
-use super::violation;
 use crate::virtio::net::vhost;
+use husk_lockdown::seccomp::{self, Allowed, Rule, RuleError, Rules, SeccompError, equal};
 use husk_vmm_protocol::fds::vmm as table;
-use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
-    TargetArch,
-};
-use std::collections::BTreeMap;
 use std::os::fd::RawFd;
 
 /// What a thread is for.
@@ -39,12 +34,6 @@ pub enum Device {
     Rng,
     Vsock,
 }
-
-/// System calls that are allowed whatever their arguments.
-type Allowed = &'static [libc::c_long];
-
-/// System calls that are allowed if one of their rules holds.
-type Rules = Vec<(libc::c_long, Vec<SeccompRule>)>;
 
 /// All threads: memory (see [`conditional_rules`] as well), locks, the clock, the log, the eventfds, the end.
 const ALL: Allowed = &[
@@ -115,17 +104,6 @@ const KVM_RUN: u32 = 0xae80;
 const KVM_GET_REGS: u32 = 0x8090_ae81;
 const KVM_SET_GSI_ROUTING: u32 = 0x4008_ae6a;
 
-/// Why a thread could not be locked in.
-#[derive(Debug, thiserror::Error)]
-#[error("the system calls of thread {thread} cannot be limited")]
-pub struct SeccompError {
-    /// Its name.
-    pub thread: String,
-    /// The cause.
-    #[source]
-    pub source: seccompiler::Error,
-}
-
 impl Role {
     /// The system calls that are allowed whatever their arguments.
     pub fn plain(&self) -> impl Iterator<Item = libc::c_long> + use<> {
@@ -164,60 +142,21 @@ impl Role {
         requests
     }
 
-    /// The filter.
-    fn filter(&self) -> Result<BpfProgram, seccompiler::BackendError> {
-        let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
-            self.plain().map(|call| (call, Vec::new())).collect();
-        rules.extend(conditional_rules(self)?);
+    /// The system calls that are allowed if one of their rules holds.
+    fn rules(&self) -> Result<Rules, RuleError> {
+        let mut rules = seccomp::memory(matches!(self, Self::Device(_)))?;
         let requests = self.requests();
         if !requests.is_empty() {
             let requests = requests.into_iter().map(|(fd, request)| {
-                SeccompRule::new(vec![
+                Rule::new(vec![
                     equal(0, u64::from(fd.unsigned_abs()))?,
                     equal(1, request.into())?,
                 ])
             });
-            rules.insert(libc::SYS_ioctl, requests.collect::<Result<_, _>>()?);
+            rules.push((libc::SYS_ioctl, requests.collect::<Result<_, _>>()?));
         }
-        // A call that is not carried out; its thread tells of it and ends the process (see `violation`). Code that kept
-        // it from doing so would still have gained nothing.
-        let filter = SeccompFilter::new(
-            rules,
-            SeccompAction::Trap,
-            SeccompAction::Allow,
-            TargetArch::x86_64,
-        )?;
-        filter.try_into()
+        Ok(rules)
     }
-}
-
-/// Calls that may be made with some arguments: memory may be mapped, but no file, and none to be executed; whether a
-/// descriptor is open may be asked, as a debug build does before it closes one.
-fn conditional_rules(role: &Role) -> Result<Rules, seccompiler::BackendError> {
-    let protection = masked(2, !(libc::PROT_READ | libc::PROT_WRITE), 0)?;
-    let anonymous = masked(3, libc::MAP_ANONYMOUS, libc::MAP_ANONYMOUS)?;
-    let mmap = SeccompRule::new(vec![protection.clone(), anonymous])?;
-    let is_open = SeccompRule::new(vec![equal(1, u64::from(libc::F_GETFD.unsigned_abs()))?])?;
-    let mut rules = vec![(libc::SYS_mmap, vec![mmap]), (libc::SYS_fcntl, vec![is_open])];
-    if matches!(role, Role::Device(_)) {
-        // Devices work in a heap of their own where there is more than one, as in a test.
-        rules.push((libc::SYS_mprotect, vec![SeccompRule::new(vec![protection])?]));
-        // Large buffers grow. To where, the kernel chooses.
-        let may_move = SeccompRule::new(vec![equal(3, u64::from(libc::MREMAP_MAYMOVE.unsigned_abs()))?])?;
-        rules.push((libc::SYS_mremap, vec![may_move]));
-    }
-    Ok(rules)
-}
-
-fn equal(argument: u8, value: u64) -> Result<SeccompCondition, seccompiler::BackendError> {
-    SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value)
-}
-
-/// The bits of `mask` in the argument are those of `value`.
-fn masked(argument: u8, mask: i32, value: i32) -> Result<SeccompCondition, seccompiler::BackendError> {
-    let bits = |value: i32| u64::from(u32::from_ne_bytes(value.to_ne_bytes()));
-    let op = SeccompCmpOp::MaskedEq(bits(mask));
-    SeccompCondition::new(argument, SeccompCmpArgLen::Dword, op, bits(value))
 }
 
 /// Limits the calling thread, called `name`, to what `role` needs, for good. Threads that it starts are limited alike,
@@ -226,13 +165,7 @@ fn masked(argument: u8, mask: i32, value: i32) -> Result<SeccompCondition, secco
 /// # Errors
 /// When the kernel refuses; the thread must not go on then.
 pub fn limit(name: &str, role: &Role) -> Result<(), SeccompError> {
-    let failed = |source| SeccompError {
-        thread: name.to_owned(),
-        source,
-    };
-    violation::set_thread_name(name);
-    let filter = role.filter().map_err(|e| failed(e.into()))?;
-    seccompiler::apply_filter(&filter).map_err(failed)
+    seccomp::limit(name, role.plain(), role.rules())
 }
 
 #[cfg(test)]

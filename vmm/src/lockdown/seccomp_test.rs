@@ -1,6 +1,7 @@
 //! The limits of each thread, by what becomes of a process that oversteps them.
 
 use super::*;
+use husk_lockdown::violation;
 
 fn roles() -> Vec<Role> {
     let device = [
@@ -26,10 +27,7 @@ fn roles() -> Vec<Role> {
 /// All system calls of a role, by number.
 fn calls(role: &Role) -> Vec<libc::c_long> {
     let mut calls: Vec<_> = role.plain().collect();
-    calls.extend(conditional_rules(role).unwrap().into_iter().map(|(call, _)| call));
-    if !role.requests().is_empty() {
-        calls.push(libc::SYS_ioctl);
-    }
+    calls.extend(role.rules().unwrap().into_iter().map(|(call, _)| call));
     calls.sort_unstable();
     calls
 }
@@ -41,7 +39,7 @@ fn end_of(role: &Role, act: fn()) -> i32 {
     unsafe {
         match libc::fork() {
             0 => {
-                super::violation::watch().unwrap();
+                super::super::watch_violations().unwrap();
                 if limit("test", role).is_err() {
                     libc::_exit(99);
                 }

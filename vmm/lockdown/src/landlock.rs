@@ -1,7 +1,9 @@
 //! Landlock: no file, no port and no other process for whoever is in this process, as far as the running kernel can deny
 //! them (linux/landlock.h). What is open already stays usable.
 
+use crate::check;
 use std::io;
+use std::os::fd::RawFd;
 
 /// `struct landlock_ruleset_attr` up to ABI 6.
 #[repr(C)]
@@ -22,11 +24,35 @@ const NET_RIGHTS: u64 = 0b11;
 /// Abstract sockets and signals of others, since ABI 6.
 const SCOPES: u64 = 0b11;
 
-/// Denies the calling thread, and those that it will start, all of it. Gives the ABI, 0 if the kernel has no Landlock.
+/// `struct landlock_path_beneath_attr`.
+#[repr(C, packed)]
+struct PathBeneath {
+    allowed_access: u64,
+    parent_fd: RawFd,
+}
+
+const RULE_PATH_BENEATH: u32 = 1;
+const EXECUTE: u64 = 1 << 0;
+const REFER: u64 = 1 << 13;
+
+/// What of files is denied.
+#[derive(Clone, Copy, Debug)]
+pub enum Files {
+    /// All rights.
+    All,
+    /// To execute one; and no mount can be made or moved. Below this directory names may move between directories.
+    Execution {
+        /// The root directory.
+        root: RawFd,
+    },
+}
+
+/// Denies the calling thread, and those that it will start, `files`, ports and other processes. Gives the ABI, 0 if the
+/// kernel has no Landlock.
 ///
 /// # Errors
 /// When the kernel has it and refuses.
-pub fn deny_all() -> io::Result<u32> {
+pub fn deny(files: Files) -> io::Result<u32> {
     // SAFETY: with this flag there are no attributes.
     let abi = unsafe {
         libc::syscall(
@@ -45,7 +71,12 @@ pub fn deny_all() -> io::Result<u32> {
     let known = usize::try_from(abi).unwrap_or(usize::MAX).min(FILE_RIGHTS.len());
     let rights = FILE_RIGHTS.get(known.saturating_sub(1)).copied().unwrap_or(0);
     let attributes = Attributes {
-        handled_access_fs: 1u64.checked_shl(rights).unwrap_or(0).saturating_sub(1),
+        handled_access_fs: match files {
+            Files::All => 1u64.checked_shl(rights).unwrap_or(0).saturating_sub(1),
+            // Without the right to refer, which ABI 1 does not know, all moves between directories are denied.
+            Files::Execution { .. } if abi < 2 => return Ok(0),
+            Files::Execution { .. } => EXECUTE | REFER,
+        },
         handled_access_net: if abi >= 4 { NET_RIGHTS } else { 0 },
         scoped: if abi >= 6 { SCOPES } else { 0 },
     };
@@ -62,14 +93,32 @@ pub fn deny_all() -> io::Result<u32> {
     let Ok(ruleset @ 0..) = i32::try_from(ruleset) else {
         return Err(io::Error::last_os_error());
     };
+    let restricted = restrict(ruleset, files);
     // SAFETY: the ruleset's descriptor was just made and is not used after this.
-    let (result, error) = unsafe {
-        let result = libc::syscall(libc::SYS_landlock_restrict_self, ruleset, 0u32);
-        let error = io::Error::last_os_error();
-        libc::close(ruleset);
-        (result, error)
-    };
-    if result == 0 { Ok(abi) } else { Err(error) }
+    unsafe { libc::close(ruleset) };
+    restricted.map(|()| abi)
+}
+
+fn restrict(ruleset: RawFd, files: Files) -> io::Result<()> {
+    if let Files::Execution { root } = files {
+        let beneath = PathBeneath {
+            allowed_access: REFER,
+            parent_fd: root,
+        };
+        // SAFETY: the rule lives through the call and is of the kind that is told.
+        check(unsafe {
+            libc::syscall(
+                libc::SYS_landlock_add_rule,
+                ruleset,
+                RULE_PATH_BENEATH,
+                &raw const beneath,
+                0u32,
+            )
+        })?;
+    }
+    // SAFETY: no pointers are involved.
+    check(unsafe { libc::syscall(libc::SYS_landlock_restrict_self, ruleset, 0u32) })?;
+    Ok(())
 }
 
 #[cfg(test)]
@@ -84,7 +133,7 @@ mod tests {
         std::thread::spawn(move || {
             // SAFETY: the option takes plain numbers.
             assert_eq!(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }, 0);
-            let abi = deny_all().unwrap();
+            let abi = deny(Files::All).unwrap();
             if abi == 0 {
                 eprintln!("not run: this kernel has no Landlock");
                 return;

@@ -1,8 +1,10 @@
-//! The end of a VMM in which a thread makes a system call that is not its own: the engine is told which, and by whom.
+//! The end of a program in which a thread makes a system call that is not its own: who started it is told which, and by
+//! whom.
 
-use husk_vmm_protocol::fds::vmm as table;
 use std::cell::Cell;
 use std::io;
+use std::os::fd::RawFd;
+use std::sync::OnceLock;
 
 /// The exit code then: as a shell tells of SIGSYS.
 pub const EXIT_CODE: i32 = 128 + libc::SIGSYS;
@@ -12,6 +14,19 @@ const MAX_NAME: usize = 15;
 
 /// Longest report.
 const MAX_REPORT: usize = 128;
+
+/// Who tells, and where.
+#[derive(Clone, Copy, Debug)]
+pub struct Witness {
+    /// The program's name.
+    pub program: &'static str,
+    /// Takes a line of text.
+    pub log: RawFd,
+    /// A packet socket that takes the report as JSON: `{"report":"violation","thread":NAME,"system_call":NUMBER}`.
+    pub reports: Option<RawFd>,
+}
+
+static WITNESS: OnceLock<Witness> = OnceLock::new();
 
 thread_local! {
     static NAME: Cell<([u8; MAX_NAME], usize)> = const { Cell::new(([0; MAX_NAME], 0)) };
@@ -31,11 +46,12 @@ pub(super) fn set_thread_name(name: &str) {
     NAME.set((bytes, length));
 }
 
-/// Has violations end the process with a report.
+/// Has violations end the process with a report by `witness`, the first that is given.
 ///
 /// # Errors
 /// The kernel's.
-pub(crate) fn watch() -> io::Result<()> {
+pub fn watch(witness: Witness) -> io::Result<()> {
+    WITNESS.get_or_init(|| witness);
     // SAFETY: all zeroes is a valid sigaction.
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
     action.sa_sigaction = on_violation as extern "C" fn(_, _, _) as usize;
@@ -64,20 +80,30 @@ extern "C" fn on_violation(_signal: i32, info: *mut libc::siginfo_t, _context: *
     let system_call = unsafe { (*info.cast::<SigsysInfo>()).system_call };
     let (name, length) = NAME.get();
     let name = name.get(..length).unwrap_or_default();
-    let mut report = Text::new();
-    report.push(br#"{"report":"violation","thread":""#);
-    report.push(name);
-    report.push(br#"","system_call":"#);
-    report.push_number(system_call);
-    report.push(b"}");
-    write(table::CONTROL, report.bytes());
+    let Some(witness) = WITNESS.get() else {
+        end();
+    };
+    if let Some(reports) = witness.reports {
+        let mut report = Text::new();
+        report.push(br#"{"report":"violation","thread":""#);
+        report.push(name);
+        report.push(br#"","system_call":"#);
+        report.push_number(system_call);
+        report.push(b"}");
+        write(reports, report.bytes());
+    }
     let mut line = Text::new();
-    line.push(b"husk-vmm: error: thread ");
+    line.push(witness.program.as_bytes());
+    line.push(b": error: thread ");
     line.push(name);
     line.push(b" made system call ");
     line.push_number(system_call);
     line.push(b", which is not allowed to it\n");
-    write(table::LOG, line.bytes());
+    write(witness.log, line.bytes());
+    end();
+}
+
+fn end() -> ! {
     // SAFETY: it ends the process at once.
     unsafe { libc::_exit(EXIT_CODE) }
 }
