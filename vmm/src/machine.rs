@@ -228,7 +228,6 @@ pub fn run(fds: Fds, control: &Control, user: Option<u32>) -> Result<End, Machin
         thread.spawn(index)?;
     }
     drop(stopped);
-    lockdown::no_more_threads()?;
     seccomp::limit("main", &Role::Main).map_err(LockdownError::from)?;
     start.wait();
     control.report(&Report::Running)?;

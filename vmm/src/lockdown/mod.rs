@@ -13,6 +13,9 @@ use husk_lockdown::{landlock, limits};
 use husk_vmm_protocol::fds::vmm as table;
 use std::io;
 
+/// More than the threads of all vCPUs and devices, and those that KVM and vhost start in the kernel on this user's account.
+const MAX_THREADS: libc::rlim_t = 1024;
+
 /// Why the VMM could not give up a right.
 #[derive(Debug, thiserror::Error)]
 pub enum LockdownError {
@@ -51,6 +54,7 @@ pub enum LockdownError {
 /// When any of it cannot be given up; the VMM must not run then.
 pub fn enter(user: Option<u32>) -> Result<(), LockdownError> {
     limits::nothing_but_files().map_err(LockdownError::Limit)?;
+    limits::limit(libc::RLIMIT_NPROC, MAX_THREADS).map_err(LockdownError::Limit)?;
     namespaces::leave_host(user)?;
     prctl("PR_SET_DUMPABLE", libc::PR_SET_DUMPABLE, 0)?;
     prctl("PR_SET_NO_NEW_PRIVS", libc::PR_SET_NO_NEW_PRIVS, 1)?;
@@ -78,14 +82,6 @@ pub(crate) fn watch_violations() -> Result<(), LockdownError> {
         reports: Some(table::CONTROL),
     })
     .map_err(LockdownError::Violation)
-}
-
-/// No more threads than there are.
-///
-/// # Errors
-/// None that the kernel documents for this use.
-pub fn no_more_threads() -> Result<(), LockdownError> {
-    limits::limit(libc::RLIMIT_NPROC, 0).map_err(LockdownError::Limit)
 }
 
 /// Has all threads use one heap: those of their own need mprotect(2), and cost memory.
