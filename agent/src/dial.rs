@@ -5,14 +5,16 @@ use std::{
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
     path::PathBuf,
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, OnceLock},
     task::{Context, Poll, ready},
 };
 
 use tokio::{
-    io::{AsyncRead, AsyncWrite, Interest, ReadBuf, unix::AsyncFd},
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt, Interest, ReadBuf, unix::AsyncFd},
     sync::Notify,
 };
+
+use crate::secret::Secret;
 
 /// How long the kernel waits for the host's answer to a connection, in seconds. Its own two are too few where the whole
 /// machine is emulated.
@@ -21,9 +23,16 @@ const ANSWER: libc::time_t = 30;
 /// Context id of the host on vsock.
 const HOST_CID: u32 = 2;
 
+/// How the host is reached. Cheap to clone: all clones have one secret.
+#[derive(Clone, Debug)]
+pub struct Dial {
+    ports: Ports,
+    secret: Arc<OnceLock<Secret>>,
+}
+
 /// Where the host's ports are.
 #[derive(Clone, Debug)]
-pub enum Dial {
+enum Ports {
     /// On virtio-vsock.
     Vsock,
     /// Port N is the unix socket `N` in this directory: the agent without a VM.
@@ -31,14 +40,55 @@ pub enum Dial {
 }
 
 impl Dial {
+    /// By virtio-vsock.
+    pub fn vsock() -> Self {
+        Self::by(Ports::Vsock)
+    }
+
+    /// Port N is the unix socket `N` in `directory`: the agent without a VM.
+    pub fn unix(directory: PathBuf) -> Self {
+        Self::by(Ports::Unix(directory))
+    }
+
+    fn by(ports: Ports) -> Self {
+        Self {
+            ports,
+            secret: Arc::default(),
+        }
+    }
+
+    /// From now on streams begin with `secret`, which is wiped where it was.
+    ///
+    /// # Errors
+    ///
+    /// It has a wrong length, or there is one already.
+    pub fn keep_secret(&self, secret: &mut [u8]) -> io::Result<()> {
+        let secret = Secret::keep(secret)?;
+        let kept = self.secret.set(secret);
+        kept.map_err(|_| io::ErrorKind::AlreadyExists.into())
+    }
+
+    /// Connects a stream to `port` of the host, and proves to it whose it is.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::call`].
+    pub async fn connect(&self, port: u32) -> io::Result<Stream> {
+        let mut stream = self.call(port).await?;
+        if let Some(secret) = self.secret.get() {
+            stream.write_all(secret.bytes()).await?;
+        }
+        Ok(stream)
+    }
+
     /// Connects to `port` of the host.
     ///
     /// # Errors
     ///
     /// Nobody listens there, or the transport is down.
-    pub async fn connect(&self, port: u32) -> io::Result<Stream> {
-        match self {
-            Self::Vsock => {
+    pub async fn call(&self, port: u32) -> io::Result<Stream> {
+        match &self.ports {
+            Ports::Vsock => {
                 // SAFETY: integers only.
                 let fd = unsafe {
                     libc::socket(
@@ -77,7 +127,7 @@ impl Dial {
                 stream.connected().await?;
                 Ok(stream)
             }
-            Self::Unix(directory) => {
+            Ports::Unix(directory) => {
                 let stream = std::os::unix::net::UnixStream::connect(directory.join(port.to_string()))?;
                 stream.set_nonblocking(true)?;
                 Stream::new(stream.into())
@@ -219,5 +269,38 @@ impl AsyncWrite for Stream {
     fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.finish();
         Poll::Ready(Ok(()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+
+    use husk_agent_protocol::limits::SECRET_LEN;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn streams_begin_with_the_secret_and_the_agents_call_does_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let host = std::os::unix::net::UnixListener::bind(dir.path().join("7")).unwrap();
+        let dial = Dial::unix(dir.path().to_owned());
+        let heard = || {
+            let mut heard = Vec::new();
+            host.accept().unwrap().0.read_to_end(&mut heard).unwrap();
+            heard
+        };
+        drop(dial.connect(7).await.unwrap());
+        assert_eq!(heard(), b"", "there is none yet");
+        let mut secret = [3; SECRET_LEN];
+        // The clone that the sandbox has is told, and all have it.
+        dial.clone().keep_secret(&mut secret).unwrap();
+        assert_eq!(secret, [0; SECRET_LEN]);
+        drop(dial.connect(7).await.unwrap());
+        assert_eq!(heard(), [3; SECRET_LEN]);
+        drop(dial.call(7).await.unwrap());
+        assert_eq!(heard(), b"");
+        assert!(dial.keep_secret(&mut [4; SECRET_LEN]).is_err(), "there is one");
+        assert!(Dial::vsock().keep_secret(&mut [4; 3]).is_err());
     }
 }

@@ -44,7 +44,7 @@ fn forwarding(clients: impl FnOnce(&mut Host) + Send + 'static) -> bool {
         assert!(up.unwrap().success());
         let dir = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(dir.path().join("7")).unwrap();
-        let dial = Dial::Unix(dir.path().to_owned());
+        let dial = Dial::unix(dir.path().to_owned());
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
@@ -214,7 +214,7 @@ fn only_loopback_is_forwarded() {
             address: address.to_vec(),
             ..Default::default()
         };
-        let dial = Dial::Unix("/nonexistent".into());
+        let dial = Dial::unix("/nonexistent".into());
         let fault = runtime.block_on(forward(&dial, &request)).unwrap_err();
         assert_eq!(fault.message, "address: is not of 127.0.0.0/8");
     }

@@ -76,6 +76,10 @@ const SETTINGS: &[(&str, &str)] = &[
     // The agent bounds its own log; the kernel's bound is too low to tell what went wrong.
     ("kernel/printk_devkmsg", "on\n"),
     ("kernel/pid_max", "4194304"),
+    // What the kernel runs on its own account (a core_pattern's program, a release_agent) runs as root beside the agent.
+    // A container that has got so far as to name one finds that it has no rights: these sets can only be lowered.
+    ("kernel/usermodehelper/bset", "0 0\n"),
+    ("kernel/usermodehelper/inheritable", "0 0\n"),
 ];
 
 /// Something that the guest cannot do without failed.
@@ -178,7 +182,7 @@ fn prepare_machine() -> Result<(Config, Network), InitError> {
     let network = Network::of_machine().map_err(failed("make the network"))?;
     let cgroups = prepare_cgroups(Path::new(CGROUPS)).map_err(failed("prepare cgroups"))?;
     let config = Config {
-        dial: Dial::Vsock,
+        dial: Dial::vsock(),
         share: GUEST_SHARE.into(),
         cgroups,
         machine: true,

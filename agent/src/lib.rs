@@ -25,6 +25,7 @@ mod network;
 mod process;
 mod reaper;
 mod sandbox;
+mod secret;
 mod serve;
 mod service;
 mod setup;

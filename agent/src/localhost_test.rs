@@ -23,7 +23,7 @@ fn alone<F: Future<Output = ()>>(test: impl FnOnce(Dial, UnixListener) -> F + Se
             .enable_all()
             .build()
             .unwrap();
-        runtime.block_on(test(Dial::Unix(dir.path().to_owned()), host));
+        runtime.block_on(test(Dial::unix(dir.path().to_owned()), host));
     };
     thread::spawn(run).join().unwrap();
 }

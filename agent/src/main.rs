@@ -22,7 +22,7 @@ fn run() -> c_int {
     match arguments.as_slice() {
         [option, sockets, share, cgroups] if option == "--outside" => {
             let config = Config {
-                dial: Dial::Unix(sockets.into()),
+                dial: Dial::unix(sockets.into()),
                 share: share.into(),
                 cgroups: cgroups.into(),
                 machine: false,

@@ -49,7 +49,7 @@ fn connections(dial: Dial) -> impl futures::Stream<Item = io::Result<Stream>> {
 async fn connect(dial: &Dial) -> Stream {
     let mut pause = FIRST_PAUSE;
     loop {
-        match dial.connect(AGENT_PORT).await {
+        match dial.call(AGENT_PORT).await {
             Ok(stream) => return stream,
             Err(error) => {
                 if pause == FIRST_PAUSE {

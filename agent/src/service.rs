@@ -102,8 +102,8 @@ async fn to_the_end<T: Send + 'static>(
 
 #[async_trait]
 impl Agent for Service {
-    async fn setup(&self, _: &TtrpcContext, request: SetupRequest) -> ttrpc::Result<SetupResponse> {
-        setup::set_up(&self.sandbox, &request).map_err(|error| status(&error))
+    async fn setup(&self, _: &TtrpcContext, mut request: SetupRequest) -> ttrpc::Result<SetupResponse> {
+        setup::set_up(&self.sandbox, &mut request).map_err(|error| status(&error))
     }
 
     async fn set_network(

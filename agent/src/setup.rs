@@ -27,7 +27,7 @@ const MAX_TAG: usize = 36;
 /// # Errors
 ///
 /// It has been done before, or the machine refuses.
-pub fn set_up(sandbox: &Sandbox, request: &SetupRequest) -> Result<SetupResponse, Error> {
+pub fn set_up(sandbox: &Sandbox, request: &mut SetupRequest) -> Result<SetupResponse, Error> {
     if sandbox.is_set_up() {
         return Err(Error::FailedPrecondition(
             "the sandbox has been set up already".into(),
@@ -39,6 +39,10 @@ pub fn set_up(sandbox: &Sandbox, request: &SetupRequest) -> Result<SetupResponse
     }
     if request.entropy.len() > MAX_ENTROPY_LEN {
         return Err(Error::InvalidArgument("too much entropy".into()));
+    }
+    if !request.stream_secret.is_empty() {
+        let kept = sandbox.config().dial.keep_secret(&mut request.stream_secret);
+        kept.map_err(failed("keep stream_secret"))?;
     }
     if !request.entropy.is_empty() {
         add_entropy(&request.entropy).map_err(failed("add entropy"))?;

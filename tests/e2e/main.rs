@@ -28,3 +28,4 @@ mod task;
 mod task_api;
 mod terminal;
 mod volumes;
+mod walls;

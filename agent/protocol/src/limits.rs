@@ -3,7 +3,8 @@
 /// Host vsock port which the agent dials to serve its ttrpc service.
 pub const AGENT_PORT: u32 = 1024;
 
-/// First host vsock port used for stdio streams; the engine counts upwards from here and never reuses one.
+/// First host vsock port used for raw streams; the engine takes those from here up in an order that the guest cannot
+/// foresee, and never reuses one.
 pub const FIRST_STDIO_PORT: u32 = 0x1_0000;
 
 /// Longest container or exec id, in bytes. Ids are of `[A-Za-z0-9_.+-]`, start with a letter or digit
@@ -12,6 +13,9 @@ pub const MAX_ID_LEN: usize = 128;
 
 /// Largest OCI document on the wire, in bytes. (ttrpc itself bounds a message at 4 MiB.)
 pub const MAX_SPEC_LEN: usize = 3 << 20;
+
+/// Bytes of the secret that a Setup has, and with which each raw stream that the agent dials begins.
+pub const SECRET_LEN: usize = 32;
 
 /// Most bytes of entropy in a Setup.
 pub const MAX_ENTROPY_LEN: usize = 64;

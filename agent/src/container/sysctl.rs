@@ -40,7 +40,11 @@ impl Sysctl {
         } else {
             key.replace('.', "/")
         };
-        let own = if path.starts_with("net/") {
+        // `net/../kernel/core_pattern` is the kernel's.
+        let winding = path.split('/').any(|part| matches!(part, "" | "." | ".."));
+        let own = if winding {
+            false
+        } else if path.starts_with("net/") {
             true
         } else if IPC.contains(&path.as_str()) || path.starts_with("fs/mqueue/") {
             namespaces.ipc.is_separate()
@@ -105,9 +109,21 @@ mod tests {
     }
 
     #[test]
-    fn a_key_cannot_leave_proc_sys() {
+    fn a_key_names_a_setting_by_its_straight_path() {
         let own = Namespaces::default();
-        let sysctl = Sysctl::new("net/../../../tmp/x", "1", &own).unwrap();
-        assert!(sysctl.apply().is_err());
+        for key in [
+            "net/../../../tmp/x",
+            "net/../kernel/core_pattern",
+            "net/./ipv4/ip_forward",
+            "net//ipv4/ip_forward",
+            "net/",
+        ] {
+            let fault = Sysctl::new(key, "1", &own).unwrap_err();
+            assert!(
+                fault.message.ends_with("is not in a separate kernel namespace"),
+                "{}",
+                fault.message
+            );
+        }
     }
 }

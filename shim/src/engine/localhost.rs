@@ -10,17 +10,19 @@ use std::{
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
+    time::Duration,
 };
 
 use tokio::{
     net::UnixStream,
     sync::oneshot,
     task::{AbortHandle, JoinHandle},
+    time::timeout,
 };
 
 use super::{EngineError, container::chain, lock, streams::offer, undo::Undo};
 use crate::{
-    guest::{agent::Agent, vm::Machine},
+    guest::{agent::Agent, proof::Unproven, vm::Machine},
     host::{
         dns,
         localhost::{Guest, Localhost as Taken},
@@ -30,6 +32,9 @@ use crate::{
 
 /// Most bytes that are read of a resolv.conf.
 const LONGEST: u64 = 64 << 10;
+
+/// How long a stream that the agent says it has dialled may take to prove that.
+const PROOF: Duration = Duration::from_secs(10);
 
 /// Localhost of a sandbox.
 #[derive(Debug)]
@@ -57,6 +62,17 @@ struct Way {
     agent: Arc<Agent>,
 }
 
+/// The stream that the agent says it has dialled.
+async fn proven(stream: Unproven) -> Result<UnixStream, EngineError> {
+    let proven = timeout(PROOF, stream.proven()).await;
+    proven
+        .unwrap_or_else(|late| Err(late.into()))
+        .map_err(|source| EngineError::Host {
+            what: "a stream of the guest's cannot be used".into(),
+            source,
+        })
+}
+
 impl Guest for Way {
     fn connect(&self, to: SocketAddr) -> impl Future<Output = io::Result<UnixStream>> + Send {
         let way = self.clone();
@@ -64,7 +80,7 @@ impl Guest for Way {
             let connected = async {
                 let (port, stream) = offer(&way.machine).await?;
                 way.agent.connect_localhost(to.port(), to.is_ipv6(), port).await?;
-                Ok(stream)
+                proven(stream).await
             };
             let connected: Result<_, EngineError> = connected.await;
             connected.map_err(|error| io::Error::other(chain(&error)))
@@ -160,6 +176,7 @@ impl Localhost {
     async fn forward(&self, server: Ipv4Addr) -> Result<AbortHandle, EngineError> {
         let (port, stream) = offer(&self.way.machine).await?;
         self.way.agent.forward_dns(server, port).await?;
+        let stream = proven(stream).await?;
         let namespace = Arc::clone(&self.namespace);
         let serving = tokio::spawn(async move {
             let served = dns::serve(stream, SocketAddr::from((server, dns::PORT)), namespace).await;

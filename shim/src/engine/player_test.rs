@@ -168,6 +168,7 @@ impl Player {
             control: Mutex::new(Some(control)),
             kernel,
             streams: Mutex::default(),
+            secret: Mutex::default(),
             gone: Notify::new(),
         });
         while let Some((offer, stream)) = next_offer(&vsock) {
@@ -233,6 +234,8 @@ struct Machine {
     control: Mutex<Option<OwnedFd>>,
     kernel: File,
     streams: Mutex<HashMap<u32, UnixStream>>,
+    /// What the agent was told that streams begin with.
+    secret: Mutex<Vec<u8>>,
     gone: Notify,
 }
 
@@ -243,7 +246,8 @@ impl Machine {
             return None;
         }
         for _ in 0..500 {
-            if let Some(stream) = self.streams.lock().unwrap().remove(&port) {
+            if let Some(mut stream) = self.streams.lock().unwrap().remove(&port) {
+                stream.write_all(&self.secret.lock().unwrap()).unwrap();
                 return Some(stream);
             }
             std::thread::sleep(Duration::from_millis(10));
@@ -377,6 +381,7 @@ impl service::Agent for FakeAgent {
         self.called("Setup", &request.hostname);
         assert_eq!((request.share_tag.as_str(), request.entropy.len()), ("share", 64));
         self.player.network.send_replace(request.network.unwrap());
+        *self.machine.secret.lock().unwrap() = request.stream_secret;
         if self.player.character == Character::NoSetup {
             return Err(status(ttrpc::Code::INTERNAL, "no share\u{1b}[2J"));
         }

@@ -1,13 +1,13 @@
 //! The streams of a process: for each a stream offered to the guest, and a task that copies.
 
-use std::os::fd::OwnedFd;
+use std::{io, os::fd::OwnedFd};
 
 use husk_vmm_protocol::vsock::StreamOffer;
-use tokio::{sync::watch, task::AbortHandle};
+use tokio::{net::UnixStream, sync::watch, task::AbortHandle};
 
 use super::{EngineError, Stdio};
 use crate::{
-    guest::{agent::StdioPorts, vm::Machine},
+    guest::{agent::StdioPorts, proof::Unproven, vm::Machine},
     host::stdio::{Handle, drain, feed, stream_pair},
 };
 
@@ -56,6 +56,9 @@ impl Streams {
             let (port, stream) = offer(machine).await?;
             ports.stdin = port;
             let copy = tokio::spawn(async move {
+                let Some(stream) = proven(stream, "stdin").await else {
+                    return;
+                };
                 if let Err(error) = feed(source, stream, close).await {
                     tracing::warn!(%error, "stdin cannot be read");
                 }
@@ -75,6 +78,9 @@ impl Streams {
             let open = OpenOutput::new(&count);
             let copy = tokio::spawn(async move {
                 let _open = open;
+                let Some(stream) = proven(stream, name).await else {
+                    return;
+                };
                 if let Err(error) = drain(stream, sink).await {
                     tracing::warn!(%error, "{name} cannot be written");
                 }
@@ -131,11 +137,24 @@ fn handle(name: &str, fd: OwnedFd) -> Result<Handle, EngineError> {
     })
 }
 
+/// The stream once the agent has dialled it; `None` if it does not.
+async fn proven(stream: Unproven, name: &str) -> Option<UnixStream> {
+    match stream.proven().await {
+        Ok(stream) => Some(stream),
+        Err(error) => {
+            if error.kind() == io::ErrorKind::PermissionDenied {
+                tracing::error!(%error, name, "a stream was not the agent's");
+            }
+            None
+        }
+    }
+}
+
 /// Offers the guest a stream: the port that the agent is to dial, and our end.
 ///
 /// # Errors
 /// When the machine takes no offer.
-pub(super) async fn offer(machine: &Machine) -> Result<(u32, tokio::net::UnixStream), EngineError> {
+pub(super) async fn offer(machine: &Machine) -> Result<(u32, Unproven), EngineError> {
     let error = |source| EngineError::Host {
         what: "cannot offer a stream to the guest".into(),
         source,
@@ -146,5 +165,5 @@ pub(super) async fn offer(machine: &Machine) -> Result<(u32, tokio::net::UnixStr
         .offer(StreamOffer::Listen(port), guest)
         .await
         .map_err(error)?;
-    Ok((port, own))
+    Ok((port, Unproven::new(own, machine.secret().clone())))
 }

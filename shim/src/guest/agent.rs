@@ -125,6 +125,7 @@ pub async fn connect(
         realtime_ns: 0,
         entropy,
         network: Some(network).into(),
+        stream_secret: machine.secret().bytes().to_vec(),
         ..Default::default()
     };
     let (sender, hello) = watch::channel(None);
@@ -725,7 +726,7 @@ fn context() -> Context {
     Context::default()
 }
 
-fn getrandom(buffer: &mut [u8]) -> io::Result<()> {
+pub(super) fn getrandom(buffer: &mut [u8]) -> io::Result<()> {
     // SAFETY: the buffer is valid for its length; up to 256 bytes are never returned in part.
     let length = unsafe { libc::getrandom(buffer.as_mut_ptr().cast(), buffer.len(), 0) };
     if usize::try_from(length) == Ok(buffer.len()) {

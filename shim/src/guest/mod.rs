@@ -4,4 +4,5 @@ pub mod agent;
 pub mod console;
 pub mod log;
 mod paced;
+pub mod proof;
 pub mod vm;

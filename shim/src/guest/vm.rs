@@ -6,14 +6,10 @@ use std::{
     io,
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
-    sync::{
-        Arc, PoisonError,
-        atomic::{AtomicU32, Ordering},
-    },
+    sync::{Arc, PoisonError},
     time::Duration,
 };
 
-use husk_agent_protocol::limits::FIRST_STDIO_PORT;
 use husk_vmm_protocol::{
     config::{CONFIG_VERSION, ConfigError, MachineConfig, NicConfig},
     control::{EndReason, MAX_REPORT_LEN, Report},
@@ -26,6 +22,7 @@ use tokio::{net::unix::pipe::Receiver, sync::Mutex, task::JoinHandle, time::time
 use super::{
     console::{Console, TAIL, printable},
     log::{self, LastLine},
+    proof::{Ports, Secret},
 };
 use crate::{
     engine::Programs,
@@ -139,7 +136,8 @@ pub struct Machine {
     fsd: Child,
     control: Mutex<Seqpacket>,
     channel: Seqpacket,
-    next_port: AtomicU32,
+    ports: Ports,
+    secret: Secret,
     console: Arc<Console>,
     readers: Mutex<Vec<JoinHandle<()>>>,
     vmm_log: LastLine,
@@ -198,6 +196,7 @@ pub async fn launch(
     let initramfs = image("the guest's initramfs", &launch.programs.initramfs)?;
     let resource = |what| move |source| LaunchError::Resource { what, source };
     let memory = guest_memory(launch.memory_mib).map_err(resource("the guest's memory"))?;
+    let secret = Secret::new().map_err(resource("the secret of the agent's streams"))?;
     let share = share::open_root(launch.share).map_err(resource("the share"))?;
     let (console, console_end) = pipe().map_err(resource("the console's pipe"))?;
     // Only this end's file description: the guest never waits for who reads its console.
@@ -305,7 +304,8 @@ pub async fn launch(
         fsd,
         control: Mutex::new(control),
         channel,
-        next_port: AtomicU32::new(FIRST_STDIO_PORT),
+        ports: Ports::default(),
+        secret,
         console,
         readers: Mutex::new(vec![console_task, vmm_log_task, fsd_log_task]),
         vmm_log,
@@ -347,9 +347,12 @@ impl Machine {
     /// # Errors
     /// When all of them were used.
     pub fn fresh_port(&self) -> io::Result<u32> {
-        self.next_port
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |port| port.checked_add(1))
-            .map_err(|_| io::Error::other("the sandbox has used up its vsock ports; start another"))
+        self.ports.fresh()
+    }
+
+    /// What the agent's streams begin with.
+    pub fn secret(&self) -> &Secret {
+        &self.secret
     }
 
     /// Hands a stream to the VMM.
