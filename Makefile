@@ -79,8 +79,9 @@ unit: ## the tests that need no virtual machine
 e2e-programs:
 	$(call say,building the end-to-end suites)
 	@mkdir -p $(E2E)
-	@$(CARGO) build --release --locked -p husk-tests --bin probe
-	@install -m 755 -C $(TARGET)/release/probe $(E2E)/probe
+	@$(CARGO) build --release --locked -p husk-tests -p husk-hostile-agent -p husk-hostile-guest --bin probe --bin hostile-agent --bin hostile-guest
+	@install -m 755 -C $(addprefix $(TARGET)/release/,probe hostile-guest) $(E2E)
+	@guest-image/build-initramfs $(TARGET)/release/hostile-agent $(E2E)/hostile-agent.cpio >/dev/null
 	@$(CARGO) test --release --locked -p husk-tests --features e2e --test e2e --no-run --message-format=json-render-diagnostics \
 		| grep -F "\"kind\":[\"test\"]" | sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | xargs -I{} install -m 755 -C {} $(E2E)/e2e
 

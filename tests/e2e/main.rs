@@ -14,6 +14,7 @@ mod crash;
 mod docker;
 mod foreground;
 mod host;
+mod hostile;
 mod network;
 mod operator;
 mod pods;

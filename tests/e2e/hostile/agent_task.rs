@@ -1,0 +1,71 @@
+//! An agent that lies about a container that runs, under containerd.
+
+use std::time::Duration;
+
+use super::{Watch, agent::hostile, assert_printable};
+use crate::census::Census;
+use crate::command::{Finished, Input, run, run_with};
+use crate::containerd::{BUSYBOX, RUNTIME};
+
+/// What one command may take: three calls of the agent's, none of which is answered, on a slow machine.
+const DEADLINE: Duration = Duration::from_secs(90);
+
+#[track_caller]
+fn ctr(argv: &[&str]) -> Finished {
+    let argv: Vec<&str> = ["ctr"].iter().chain(argv).copied().collect();
+    let done = run_with(&argv, Input::Nothing, DEADLINE);
+    eprintln!("{argv:?}: {} {}", done.code, done.err());
+    assert_printable(&done.err());
+    assert!(done.err().len() < 16_384, "{} bytes of error", done.err().len());
+    done
+}
+
+/// A container whose agent lies so. What it is asked fails, by these words, and it can be removed.
+#[track_caller]
+fn lies(word: &str, said: &str) {
+    let census = Census::take();
+    let config = hostile(word);
+    let watch = Watch::start();
+    let id = format!("lie-{word}");
+    ctr(&[
+        "run",
+        "-d",
+        "--runtime",
+        RUNTIME,
+        "--runtime-config-path",
+        config.path(),
+        BUSYBOX,
+        &id,
+        "true",
+    ])
+    .expect_code(0);
+    for question in [
+        &["task", "ps", &id][..],
+        &["task", "metrics", &id],
+        &["task", "exec", "--exec-id", "x", &id, "true"],
+    ] {
+        let done = ctr(question);
+        assert_ne!(done.code, 0, "{question:?}: {}", done.out());
+        assert!(
+            done.err().contains(said),
+            "{question:?} does not say {said:?}: {}",
+            done.err()
+        );
+    }
+    ctr(&["task", "kill", "-s", "KILL", &id]);
+    ctr(&["task", "rm", "-f", &id]);
+    run(&["ctr", "container", "rm", &id]).expect_code(0);
+    watch.assert_bounded();
+    drop(config);
+    census.assert_unchanged();
+}
+
+#[test]
+fn absurd_answers_about_a_container_are_refused() {
+    lies("absurd", "agent");
+}
+
+#[test]
+fn a_container_whose_agent_is_stuck_can_be_removed() {
+    lies("stuck", "agent");
+}

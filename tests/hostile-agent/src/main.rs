@@ -1,0 +1,430 @@
+//! An agent that lies: PID 1 of a guest with husk's kernel. It speaks the agent's wire to the engine and keeps the rules
+//! but for one, which a word on the kernel's command line chooses, `hostile=WORD` (the kernel hands it over in the
+//! environment). No container is ever made; what it says of them is made up.
+//!
+//! The wire is ttrpc's: frames of a header (length, stream, both big-endian, kind, flags) and a message.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::FromRawFd;
+use std::time::Duration;
+
+use husk_agent_protocol::limits::AGENT_PORT;
+use husk_agent_protocol::messages::{
+    ContainerStatsResponse, CreateContainerRequest, CreateContainerResponse, Event, ExecProcessResponse,
+    Failure, ListProcessesResponse, SetupResponse, StartContainerResponse, Stdio,
+    event::{Exit, Oom},
+    failure,
+    list_processes_response::Process,
+};
+use protobuf::{EnumOrUnknown, Message};
+use ttrpc::proto::{Code, Request, Response, Status};
+
+const HOST: u32 = 2;
+const RESPONSE: u8 = 2;
+const DATA: u8 = 3;
+const CLOSED: u8 = 1;
+/// Largest frame that ttrpc takes.
+const MAX_FRAME: usize = 4 << 20;
+/// Bytes of a flood of frames: what the engine reads at once, and some seconds' worth.
+const FLOOD: usize = 12 << 20;
+/// Bytes of output of a process.
+const OUTPUT: usize = 32 << 20;
+
+/// What no terminal may see.
+const ESCAPES: &str =
+    "\u{1b}]0;owned\u{7}\u{1b}[2J\u{1b}[31mred\u{0}\u{8}\u{9b}5n\r\nFAKE: all is well\u{202e}";
+
+fn main() {
+    let word = std::env::var("hostile").unwrap_or_default();
+    println!("hostile agent: {word}");
+    if let Err(error) = run(&word) {
+        println!("hostile agent: {word}: {error}");
+    }
+    // The end of PID 1 is a panic of the kernel's. Where that is the point, it comes now; else the engine has yet to
+    // say what it thinks.
+    if !word.starts_with("exit") {
+        forever();
+    }
+}
+
+fn forever() -> ! {
+    loop {
+        std::thread::sleep(Duration::from_secs(1000));
+    }
+}
+
+/// A connection to a port of the host's.
+fn dial(port: u32) -> io::Result<File> {
+    // SAFETY: no pointers; the result is checked.
+    let socket = unsafe { libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) };
+    if socket < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: just made.
+    let file = unsafe { File::from_raw_fd(socket) };
+    // SAFETY: plain data, for which zero is a value.
+    let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
+    address.svm_family = libc::AF_VSOCK as libc::sa_family_t;
+    address.svm_cid = HOST;
+    address.svm_port = port;
+    // SAFETY: the address is valid for its length.
+    let result = unsafe {
+        libc::connect(
+            socket,
+            (&raw const address).cast(),
+            size_of::<libc::sockaddr_vm>() as libc::socklen_t,
+        )
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(file)
+}
+
+/// The connection to the engine, and what it asked for.
+struct Agent {
+    wire: File,
+    word: String,
+    /// Stream of the events.
+    events: u32,
+    container: String,
+    stdio: Stdio,
+}
+
+fn run(word: &str) -> io::Result<()> {
+    match word {
+        "exit-at-once" => return Ok(()),
+        "no-call" => forever(),
+        _ => {}
+    }
+    let wire = dial(AGENT_PORT)?;
+    let mut agent = Agent {
+        wire,
+        word: word.to_owned(),
+        events: 0,
+        container: String::new(),
+        stdio: Stdio::default(),
+    };
+    match word {
+        "exit-connected" => return Ok(()),
+        "hang-up" => return drop_and_wait(agent),
+        "garbage" => {
+            let mut state = 0x2545_f491u32;
+            let noise: Vec<u8> = std::iter::repeat_with(|| {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                (state >> 24) as u8
+            })
+            .take(FLOOD)
+            .collect();
+            agent.wire.write_all(&noise)?;
+        }
+        "huge-frame" => {
+            agent.frame_head(u32::MAX, 1, RESPONSE, 0)?;
+            let zeroes = vec![0; 1 << 20];
+            loop {
+                agent.wire.write_all(&zeroes)?;
+            }
+        }
+        "slow-frame" => {
+            agent.frame_head(MAX_FRAME as u32, 1, RESPONSE, 0)?;
+            loop {
+                agent.wire.write_all(&[0])?;
+                std::thread::sleep(Duration::from_millis(100));
+            }
+        }
+        "answers-to-nobody" => {
+            let frame = vec![0; 1000];
+            for stream in 0..(FLOOD / 1010) as u32 {
+                agent.frame(stream.wrapping_mul(2_654_435_761) | 0x1000, RESPONSE, 0, &frame)?;
+            }
+        }
+        "frames-of-all-kinds" => {
+            for kind in 0..=255 {
+                for stream in [0, 2, 1001, u32::MAX] {
+                    agent.frame(stream, kind, kind, &[kind; 100])?;
+                }
+            }
+        }
+        "connections" => connections(),
+        _ => {}
+    }
+    agent.serve()
+}
+
+fn drop_and_wait(agent: Agent) -> io::Result<()> {
+    drop(agent);
+    forever()
+}
+
+/// Connections to ports that nobody offered, some of them open at once, and more than one in place of the agent's.
+fn connections() {
+    let mut open = Vec::new();
+    for port in (0..2000)
+        .chain(0x1_0000..0x1_0040)
+        .chain([AGENT_PORT; 20])
+        .chain([u32::MAX - 1])
+    {
+        if let Ok(file) = dial(port) {
+            println!("hostile agent: connected to port {port}");
+            open.push(file);
+        }
+    }
+    println!("hostile agent: {} connections", open.len());
+}
+
+impl Agent {
+    fn frame_head(&mut self, length: u32, stream: u32, kind: u8, flags: u8) -> io::Result<()> {
+        let mut head = length.to_be_bytes().to_vec();
+        head.extend(stream.to_be_bytes());
+        head.extend([kind, flags]);
+        self.wire.write_all(&head)
+    }
+
+    fn frame(&mut self, stream: u32, kind: u8, flags: u8, message: &[u8]) -> io::Result<()> {
+        let mut bytes = (message.len() as u32).to_be_bytes().to_vec();
+        bytes.extend(stream.to_be_bytes());
+        bytes.extend([kind, flags]);
+        bytes.extend(message);
+        self.wire.write_all(&bytes)
+    }
+
+    fn answer(&mut self, stream: u32, message: &impl Message) -> io::Result<()> {
+        let response = Response {
+            payload: message.write_to_bytes().map_err(io::Error::other)?,
+            ..Default::default()
+        };
+        let bytes = response.write_to_bytes().map_err(io::Error::other)?;
+        match self.word.as_str() {
+            "wrong-streams" => self.frame(stream + 1, RESPONSE, 0, &bytes),
+            "twice" => {
+                self.frame(stream, RESPONSE, 0, &bytes)?;
+                self.frame(stream, RESPONSE, 0, &bytes)
+            }
+            "answers-as-data" => self.frame(stream, DATA, 0, &bytes),
+            _ => self.frame(stream, RESPONSE, 0, &bytes),
+        }
+    }
+
+    fn refuse(&mut self, stream: u32, message: String) -> io::Result<()> {
+        let response = Response {
+            status: Some(Status {
+                code: Code::INTERNAL.into(),
+                message,
+                ..Default::default()
+            })
+            .into(),
+            ..Default::default()
+        };
+        let bytes = response.write_to_bytes().map_err(io::Error::other)?;
+        self.frame(stream, RESPONSE, 0, &bytes)
+    }
+
+    fn event(&mut self, event: Event) -> io::Result<()> {
+        let bytes = event.write_to_bytes().map_err(io::Error::other)?;
+        self.frame(self.events, DATA, 0, &bytes)
+    }
+
+    fn exited(&mut self, container: &str, exec: &str, status: u32) -> io::Result<()> {
+        let mut event = Event::new();
+        event.set_exit(Exit {
+            container_id: container.into(),
+            exec_id: exec.into(),
+            status,
+            ..Default::default()
+        });
+        self.event(event)
+    }
+
+    fn out_of_memory(&mut self, container: &str) -> io::Result<()> {
+        let mut event = Event::new();
+        event.set_oom(Oom {
+            container_id: container.into(),
+            ..Default::default()
+        });
+        self.event(event)
+    }
+
+    fn serve(&mut self) -> io::Result<()> {
+        loop {
+            let mut head = [0; 10];
+            self.wire.read_exact(&mut head)?;
+            let [a, b, c, d, e, f, g, h, ..] = head;
+            let mut message = vec![0; u32::from_be_bytes([a, b, c, d]) as usize];
+            self.wire.read_exact(&mut message)?;
+            let request = Request::parse_from_bytes(&message).map_err(io::Error::other)?;
+            if !self.serve_one(u32::from_be_bytes([e, f, g, h]), &request)? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Whether to go on.
+    fn serve_one(&mut self, stream: u32, request: &Request) -> io::Result<bool> {
+        let word = self.word.clone();
+        match (request.method.as_str(), word.as_str()) {
+            (_, "silent") | ("CreateContainer", "silent-create") | ("StartContainer", "silent-start") => {}
+            ("Setup", "exit-setup")
+            | ("CreateContainer", "exit-create")
+            | ("StartContainer", "exit-start") => {
+                return Ok(false);
+            }
+            ("Setup", "setup-error") => self.refuse(stream, ESCAPES.repeat(40_000))?,
+            ("Setup", "setup-version") => {
+                let answer = SetupResponse {
+                    agent_version: ESCAPES.repeat(20_000),
+                    kernel_release: ESCAPES.repeat(20_000),
+                    ..Default::default()
+                };
+                self.answer(stream, &answer)?;
+            }
+            ("Setup", "setup-no-message") => self.frame(stream, RESPONSE, 0, &[0xff; 1000])?,
+            ("Setup", _) => {
+                let answer = SetupResponse {
+                    agent_version: "0.0.0-hostile".into(),
+                    kernel_release: "0-hostile".into(),
+                    ..Default::default()
+                };
+                self.answer(stream, &answer)?;
+            }
+            ("Events", "events-end") => self.frame(stream, DATA, CLOSED, &[])?,
+            ("Events", "events-refused") => self.refuse(stream, ESCAPES.into())?,
+            ("Events", _) => self.events = stream,
+            ("CreateContainer", _) => self.create(stream, request)?,
+            ("StartContainer", _) => self.start(stream)?,
+            ("ListProcesses" | "ContainerStats" | "ExecProcess", _) => self.lie(stream, &request.method)?,
+            (_, "stuck") => {}
+            ("SignalProcess", _) => {
+                self.answer(stream, &husk_agent_protocol::messages::Empty::new())?;
+                let container = self.container.clone();
+                self.exited(&container, "", 137)?;
+            }
+            _ => self.answer(stream, &husk_agent_protocol::messages::Empty::new())?,
+        }
+        Ok(true)
+    }
+
+    fn create(&mut self, stream: u32, request: &Request) -> io::Result<()> {
+        let asked = CreateContainerRequest::parse_from_bytes(&request.payload).map_err(io::Error::other)?;
+        self.container = asked.container_id;
+        self.stdio = asked.stdio.unwrap_or_default();
+        let mut answer = CreateContainerResponse {
+            pid: 42,
+            ..Default::default()
+        };
+        match self.word.as_str() {
+            "create-refused" => return self.refuse(stream, ESCAPES.repeat(40_000)),
+            "create-no-pid" => answer.pid = -1,
+            "create-failed" => {
+                answer.failure = Some(Failure {
+                    kind: EnumOrUnknown::<failure::Kind>::from_i32(99),
+                    message: ESCAPES.repeat(40_000),
+                    ..Default::default()
+                })
+                .into();
+            }
+            "exit-before-create" => {
+                let container = self.container.clone();
+                self.exited(&container, "", 9)?;
+            }
+            _ => {}
+        }
+        self.answer(stream, &answer)
+    }
+
+    /// Answers, and says that the process has ended; some lie in between.
+    fn start(&mut self, stream: u32) -> io::Result<()> {
+        let word = self.word.clone();
+        let container = self.container.clone();
+        if word == "start-refused" {
+            return self.refuse(stream, ESCAPES.repeat(40_000));
+        }
+        self.answer(stream, &StartContainerResponse::new())?;
+        let mut status = 7;
+        match word.as_str() {
+            "exit-started" => std::process::exit(0),
+            "absurd" | "stuck" => return Ok(()),
+            "events-flood" => {
+                // About thirty bytes each.
+                for number in 0..FLOOD / 64 {
+                    self.exited(&format!("nobody-{number}"), "", 1)?;
+                    self.exited(&container, &format!("exec-{number}"), 1)?;
+                    self.out_of_memory(&format!("nobody-{number}"))?;
+                }
+                status = u32::MAX;
+            }
+            "oom-flood" => {
+                for _ in 0..FLOOD / 64 {
+                    self.out_of_memory(&container)?;
+                }
+            }
+            "event-nonsense" => self.event(Event::new())?,
+            "event-bad-id" => self.exited("../../../etc", "", 1)?,
+            "event-no-message" => self.frame(self.events, DATA, 0, &[0xff; 1000])?,
+            "output-flood" => {
+                let mut stdout = dial(self.stdio.stdout_port)?;
+                let mut stderr = dial(self.stdio.stderr_port)?;
+                let bytes = vec![b'x'; 1 << 20];
+                for _ in 0..OUTPUT / bytes.len() {
+                    stdout.write_all(&bytes)?;
+                    stderr.write_all(&bytes)?;
+                }
+            }
+            "streams-taken-twice" => {
+                let first = dial(self.stdio.stdout_port)?;
+                let second = dial(self.stdio.stdout_port);
+                println!("hostile agent: taken twice: {}", second.is_ok());
+                drop(first);
+                dial(self.stdio.stderr_port)?;
+            }
+            _ => {}
+        }
+        if !["output-flood", "streams-taken-twice"].contains(&word.as_str()) {
+            // A process without output.
+            for port in [self.stdio.stdout_port, self.stdio.stderr_port] {
+                if port != 0 {
+                    dial(port)?;
+                }
+            }
+        }
+        self.exited(&container, "", status)?;
+        if word == "twice" {
+            self.exited(&container, "", 8)?;
+        }
+        Ok(())
+    }
+
+    fn lie(&mut self, stream: u32, method: &str) -> io::Result<()> {
+        if self.word == "stuck" {
+            return Ok(());
+        }
+        match method {
+            "ListProcesses" => {
+                let process = |pid| Process {
+                    pid,
+                    ..Default::default()
+                };
+                let answer = ListProcessesResponse {
+                    processes: (1..500_000).map(process).collect(),
+                    ..Default::default()
+                };
+                self.answer(stream, &answer)
+            }
+            "ContainerStats" => {
+                let file = |number| (format!("{ESCAPES}/../{number}"), ESCAPES.repeat(10));
+                let answer = ContainerStatsResponse {
+                    files: (0..4000).map(file).collect(),
+                    ..Default::default()
+                };
+                self.answer(stream, &answer)
+            }
+            _ => self.answer(
+                stream,
+                &ExecProcessResponse {
+                    pid: i32::MIN,
+                    ..Default::default()
+                },
+            ),
+        }
+    }
+}
