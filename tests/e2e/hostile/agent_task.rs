@@ -7,8 +7,8 @@ use crate::census::Census;
 use crate::command::{Finished, Input, run, run_with};
 use crate::containerd::{BUSYBOX, RUNTIME};
 
-/// What one command may take: three calls of the agent's, none of which is answered, on a slow machine.
-const DEADLINE: Duration = Duration::from_secs(90);
+/// What one command may take: the start of a machine, or some calls of the agent's of which none is answered.
+const DEADLINE: Duration = Duration::from_secs(200);
 
 #[track_caller]
 fn ctr(argv: &[&str]) -> Finished {
@@ -24,7 +24,7 @@ fn ctr(argv: &[&str]) -> Finished {
 #[track_caller]
 fn lies(word: &str, said: &str) {
     let census = Census::take();
-    let config = hostile(word);
+    let config = hostile(word, 120, 8);
     let watch = Watch::start();
     let id = format!("lie-{word}");
     ctr(&[

@@ -95,7 +95,7 @@ struct Agent {
 fn run(word: &str) -> io::Result<()> {
     match word {
         "exit-at-once" => return Ok(()),
-        "no-call" => forever(),
+        "noise" => connections(),
         _ => {}
     }
     let wire = dial(AGENT_PORT)?;
@@ -107,7 +107,6 @@ fn run(word: &str) -> io::Result<()> {
         stdio: Stdio::default(),
     };
     match word {
-        "exit-connected" => return Ok(()),
         "hang-up" => return drop_and_wait(agent),
         "garbage" => {
             let mut state = 0x2545_f491u32;
@@ -133,20 +132,7 @@ fn run(word: &str) -> io::Result<()> {
                 std::thread::sleep(Duration::from_millis(100));
             }
         }
-        "answers-to-nobody" => {
-            let frame = vec![0; 1000];
-            for stream in 0..(FLOOD / 1010) as u32 {
-                agent.frame(stream.wrapping_mul(2_654_435_761) | 0x1000, RESPONSE, 0, &frame)?;
-            }
-        }
-        "frames-of-all-kinds" => {
-            for kind in 0..=255 {
-                for stream in [0, 2, 1001, u32::MAX] {
-                    agent.frame(stream, kind, kind, &[kind; 100])?;
-                }
-            }
-        }
-        "connections" => connections(),
+        "noise" => agent.noise()?,
         _ => {}
     }
     agent.serve()
@@ -174,6 +160,20 @@ fn connections() {
 }
 
 impl Agent {
+    /// Frames that belong to no request.
+    fn noise(&mut self) -> io::Result<()> {
+        for kind in 0..=255 {
+            for stream in [0, 2, 1001, u32::MAX] {
+                self.frame(stream, kind, kind, &[kind; 100])?;
+            }
+        }
+        let frame = vec![0; 1000];
+        for stream in 0..(FLOOD / 1010) as u32 {
+            self.frame(stream.wrapping_mul(2_654_435_761) | 0x1000, RESPONSE, 0, &frame)?;
+        }
+        Ok(())
+    }
+
     fn frame_head(&mut self, length: u32, stream: u32, kind: u8, flags: u8) -> io::Result<()> {
         let mut head = length.to_be_bytes().to_vec();
         head.extend(stream.to_be_bytes());
@@ -197,11 +197,11 @@ impl Agent {
         let bytes = response.write_to_bytes().map_err(io::Error::other)?;
         match self.word.as_str() {
             "wrong-streams" => self.frame(stream + 1, RESPONSE, 0, &bytes),
-            "twice" => {
+            // Each answer twice.
+            "noise" => {
                 self.frame(stream, RESPONSE, 0, &bytes)?;
                 self.frame(stream, RESPONSE, 0, &bytes)
             }
-            "answers-as-data" => self.frame(stream, DATA, 0, &bytes),
             _ => self.frame(stream, RESPONSE, 0, &bytes),
         }
     }
@@ -270,7 +270,7 @@ impl Agent {
                 return Ok(false);
             }
             ("Setup", "setup-error") => self.refuse(stream, ESCAPES.repeat(40_000))?,
-            ("Setup", "setup-version") => {
+            ("Setup", "noise") => {
                 let answer = SetupResponse {
                     agent_version: ESCAPES.repeat(20_000),
                     kernel_release: ESCAPES.repeat(20_000),
@@ -288,7 +288,6 @@ impl Agent {
                 self.answer(stream, &answer)?;
             }
             ("Events", "events-end") => self.frame(stream, DATA, CLOSED, &[])?,
-            ("Events", "events-refused") => self.refuse(stream, ESCAPES.into())?,
             ("Events", _) => self.events = stream,
             ("CreateContainer", _) => self.create(stream, request)?,
             ("StartContainer", _) => self.start(stream)?,
@@ -313,7 +312,6 @@ impl Agent {
             ..Default::default()
         };
         match self.word.as_str() {
-            "create-refused" => return self.refuse(stream, ESCAPES.repeat(40_000)),
             "create-no-pid" => answer.pid = -1,
             "create-failed" => {
                 answer.failure = Some(Failure {
@@ -322,10 +320,6 @@ impl Agent {
                     ..Default::default()
                 })
                 .into();
-            }
-            "exit-before-create" => {
-                let container = self.container.clone();
-                self.exited(&container, "", 9)?;
             }
             _ => {}
         }
@@ -346,21 +340,16 @@ impl Agent {
             "absurd" | "stuck" => return Ok(()),
             "events-flood" => {
                 // About thirty bytes each.
-                for number in 0..FLOOD / 64 {
+                for number in 0..FLOOD / 128 {
                     self.exited(&format!("nobody-{number}"), "", 1)?;
                     self.exited(&container, &format!("exec-{number}"), 1)?;
                     self.out_of_memory(&format!("nobody-{number}"))?;
+                    self.out_of_memory(&container)?;
                 }
                 status = u32::MAX;
             }
-            "oom-flood" => {
-                for _ in 0..FLOOD / 64 {
-                    self.out_of_memory(&container)?;
-                }
-            }
             "event-nonsense" => self.event(Event::new())?,
             "event-bad-id" => self.exited("../../../etc", "", 1)?,
-            "event-no-message" => self.frame(self.events, DATA, 0, &[0xff; 1000])?,
             "output-flood" => {
                 let mut stdout = dial(self.stdio.stdout_port)?;
                 let mut stderr = dial(self.stdio.stderr_port)?;
@@ -370,7 +359,7 @@ impl Agent {
                     stderr.write_all(&bytes)?;
                 }
             }
-            "streams-taken-twice" => {
+            "noise" => {
                 let first = dial(self.stdio.stdout_port)?;
                 let second = dial(self.stdio.stdout_port);
                 println!("hostile agent: taken twice: {}", second.is_ok());
@@ -379,7 +368,7 @@ impl Agent {
             }
             _ => {}
         }
-        if !["output-flood", "streams-taken-twice"].contains(&word.as_str()) {
+        if !["output-flood", "noise"].contains(&word.as_str()) {
             // A process without output.
             for port in [self.stdio.stdout_port, self.stdio.stderr_port] {
                 if port != 0 {
@@ -388,7 +377,7 @@ impl Agent {
             }
         }
         self.exited(&container, "", status)?;
-        if word == "twice" {
+        if word == "noise" {
             self.exited(&container, "", 8)?;
         }
         Ok(())
