@@ -264,6 +264,8 @@ impl Agent {
         let word = self.word.clone();
         match (request.method.as_str(), word.as_str()) {
             (_, "silent") | ("CreateContainer", "silent-create") | ("StartContainer", "silent-start") => {}
+            // Who has refused Setup could still say that the container has run, before the machine is ended.
+            ("CreateContainer", "setup-error" | "setup-no-message") => {}
             ("Setup", "exit-setup")
             | ("CreateContainer", "exit-create")
             | ("StartContainer", "exit-start") => {
