@@ -1,10 +1,16 @@
 //! The shim's `delete`: remove what a dead server left behind.
 //!
 //! containerd calls this whenever its connection for a container ends: after a server died, but also after each
-//! ordinary end of a container, while the server may go on for the sandbox's others. It has 5 seconds.
+//! ordinary end of a container, while the server may go on for the sandbox's others. It has 5 seconds, then it is killed.
+//! On a busy machine a clean-up can take longer; therefore a process of its own does it ([`apart`]), which goes on.
 
 use std::{
+    ffi::OsString,
+    io::{self, Read},
+    os::unix::process::CommandExt,
     path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::mpsc,
     time::{Duration, SystemTime},
 };
 
@@ -25,21 +31,65 @@ use crate::engine;
 
 /// As after SIGKILL.
 const KILLED: u32 = 128 + 9;
-/// Time for a living server to say so. With what follows it stays within containerd's 5 seconds.
+/// Time for a living server to say so.
 const SERVER_TIMEOUT: Duration = Duration::from_secs(1);
 /// Time for the clean-up.
-const CLEANUP_TIMEOUT: Duration = Duration::from_millis(3500);
+const CLEANUP_TIMEOUT: Duration = Duration::from_secs(120);
+/// When containerd is answered, whether the clean-up is done or goes on.
+const ANSWER_TIMEOUT: Duration = Duration::from_millis(4500);
+/// In the environment of the process that does it.
+const APART: &str = "HUSK_SHIM_DELETE";
 /// Most layers of mounts that are taken off a root file system.
 const MAX_LAYERS: usize = 64;
+
+/// Whether this is the process that is to do it.
+pub fn is_apart() -> bool {
+    std::env::var_os(APART).is_some()
+}
+
+/// Has a process of its own do it, with the same arguments. Its answer, or one that does not wait for it any longer.
+///
+/// # Errors
+/// When there can be no such process.
+pub fn apart(invocation: &Invocation, args: &[OsString]) -> io::Result<Vec<u8>> {
+    let mut child = Command::new("/proc/self/exe")
+        .args(args)
+        .env(APART, "1")
+        .process_group(0)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    let (done, answers) = mpsc::channel();
+    // What it logs is containerd's as long as that listens.
+    if let Some(mut log) = child.stderr.take() {
+        std::thread::spawn(move || io::copy(&mut log, &mut io::stderr()));
+    }
+    if let Some(mut answer) = child.stdout.take() {
+        std::thread::spawn(move || {
+            let mut bytes = Vec::new();
+            let read = answer.read_to_end(&mut bytes).map(|_| bytes);
+            // Nobody waits any longer.
+            let _ = done.send(read);
+        });
+    }
+    match answers.recv_timeout(ANSWER_TIMEOUT) {
+        Ok(Ok(bytes)) if !bytes.is_empty() => Ok(bytes),
+        Ok(Err(error)) => Err(error),
+        Ok(Ok(_)) => Err(io::Error::other("the clean-up failed")),
+        Err(_) => Ok(response(read_pid(&bundle(invocation)))),
+    }
+}
+
+fn bundle(invocation: &Invocation) -> PathBuf {
+    let given = invocation.bundle.clone();
+    given.or_else(|| std::env::current_dir().ok()).unwrap_or_default()
+}
 
 /// Does it; the answer is to be printed. What could not be removed is told in the log: containerd goes on anyway,
 /// and the answer is what it needs for that.
 pub async fn delete(invocation: &Invocation) -> Vec<u8> {
-    let bundle = invocation
-        .bundle
-        .clone()
-        .or_else(|| std::env::current_dir().ok())
-        .unwrap_or_default();
+    let bundle = bundle(invocation);
     let sandbox = Bundle::read(&bundle)
         .and_then(|bundle| bundle.outline.group(&invocation.id))
         .unwrap_or_else(|_| invocation.id.clone());
@@ -55,6 +105,10 @@ pub async fn delete(invocation: &Invocation) -> Vec<u8> {
         }
         unmount(&bundle.join("rootfs"));
     }
+    response(pid)
+}
+
+fn response(pid: u32) -> Vec<u8> {
     let response = DeleteResponse {
         pid,
         exit_status: KILLED,

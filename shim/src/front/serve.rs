@@ -22,7 +22,7 @@ use ttrpc::asynchronous::{Server, transport::Listener};
 
 use super::{
     bootstrap::{Action, Invocation, MAX_STDIN_LEN, UsageError},
-    delete::delete,
+    delete::{self, delete},
     info::runtime_info,
     log,
     pod::Pod,
@@ -87,6 +87,9 @@ fn act(args: &[OsString]) -> Result<(), ServeError> {
         Action::Info => runtime_info(&read_stdin()?).map_err(ServeError::Options)?,
         // No log goes to stderr here: containerd takes it for part of the answer.
         Action::Start => start::start(&invocation, &read_stdin()?)?,
+        Action::Delete if !delete::is_apart() => {
+            delete::apart(&invocation, args).map_err(host("cannot clean up"))?
+        }
         Action::Delete => {
             log::of_shim(stderr()?, level(invocation.debug), identity(&invocation));
             runtime(1)?.block_on(delete(&invocation))
