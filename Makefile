@@ -82,6 +82,9 @@ e2e-programs:
 	@$(CARGO) build --release --locked -p husk-tests -p husk-hostile-agent -p husk-hostile-guest --bin probe --bin hostile-agent --bin hostile-guest
 	@install -m 755 -C $(addprefix $(TARGET)/release/,probe hostile-guest) $(E2E)
 	@guest-image/build-initramfs $(TARGET)/release/hostile-agent $(E2E)/hostile-agent.cpio >/dev/null
+	@$(CARGO) build --locked -p husk-vmm -p husk-fsd --features captured
+	@install -m 755 -C $(TARGET)/debug/husk-vmm $(E2E)/husk-vmm-captured
+	@install -m 755 -C $(TARGET)/debug/husk-fsd $(E2E)/husk-fsd-captured
 	@$(CARGO) test --release --locked -p husk-tests --features e2e --test e2e --no-run --message-format=json-render-diagnostics \
 		| grep -F "\"kind\":[\"test\"]" | sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | xargs -I{} install -m 755 -C {} $(E2E)/e2e
 

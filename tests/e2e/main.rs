@@ -6,6 +6,7 @@
 mod bad_input;
 mod bundle;
 mod case;
+mod captured;
 mod census;
 mod command;
 mod config;

@@ -20,10 +20,13 @@ const EXIT_USAGE: u8 = 2;
 const EXIT_ENGINE_GONE: u8 = 3;
 
 fn main() -> ExitCode {
-    let arguments: Vec<String> = std::env::args_os()
+    #[cfg_attr(not(feature = "captured"), allow(unused_mut))]
+    let mut arguments: Vec<String> = std::env::args_os()
         .skip(1)
         .map(|argument| argument.to_string_lossy().into_owned())
         .collect();
+    #[cfg(feature = "captured")]
+    husk_lockdown::captured::take_over(&mut arguments);
     let mut arguments = arguments.iter().map(String::as_str);
     match (arguments.next(), arguments.next()) {
         (None, None) => run(None),

@@ -2,7 +2,8 @@
 //!
 //! It ends with the share as its root directory in mount, net, ipc and uts namespaces of its own (husk starts it in a pid
 //! namespace, too), a private /proc/self/fd and nothing else of /proc, the capabilities of [`capabilities::KEPT`], no
-//! descriptors but those of its table, no program that it may execute and no port that it may reach (Landlock). Its user
+//! descriptors but those of its table, and, where the kernel has Landlock, no file outside the share that it may open, no
+//! program that it may execute and no port that it may reach. Its user
 //! stays the host's root: a user namespace's root has no right to files of others. What system calls its threads may make
 //! is limited once they run ([`crate::seccomp`]).
 //! Mounts that the host makes beneath the share later still show up: the namespace is a slave of the host's. For
@@ -159,7 +160,7 @@ pub fn enter(share: OwnedFd, end: RawFd) -> Result<Jail, LockdownError> {
     let root = take_share_as_root().map_err(step("making the share the root directory"))?;
 
     drop_rights().map_err(step("giving up capabilities"))?;
-    let files = Files::Execution {
+    let files = Files::Outside {
         root: root.as_raw_fd(),
     };
     landlock::deny(files).map_err(|e| step("locking itself in by Landlock")(e.into()))?;

@@ -14,8 +14,14 @@ It is started by husk with its descriptors at fixed numbers (2 log, 3 share, 4 c
 but --help and --version.";
 
 fn main() -> ExitCode {
-    let mut arguments = std::env::args_os().skip(1);
-    match arguments.next() {
+    #[cfg_attr(not(feature = "captured"), allow(unused_mut))]
+    let mut arguments: Vec<String> = std::env::args_os()
+        .skip(1)
+        .map(|argument| argument.to_string_lossy().into_owned())
+        .collect();
+    #[cfg(feature = "captured")]
+    husk_lockdown::captured::take_over(&mut arguments);
+    match arguments.first() {
         None => {}
         Some(a) if a == "--version" => {
             println!("husk-fsd {}", env!("CARGO_PKG_VERSION"));

@@ -33,16 +33,15 @@ struct PathBeneath {
 
 const RULE_PATH_BENEATH: u32 = 1;
 const EXECUTE: u64 = 1 << 0;
-const REFER: u64 = 1 << 13;
 
 /// What of files is denied.
 #[derive(Clone, Copy, Debug)]
 pub enum Files {
     /// All rights.
     All,
-    /// To execute one; and no mount can be made or moved. Below this directory names may move between directories.
-    Execution {
-        /// The root directory.
+    /// All rights but below this directory, and to execute one anywhere; and no mount can be made or moved.
+    Outside {
+        /// The directory.
         root: RawFd,
     },
 }
@@ -70,13 +69,13 @@ pub fn deny(files: Files) -> io::Result<u32> {
     };
     let known = usize::try_from(abi).unwrap_or(usize::MAX).min(FILE_RIGHTS.len());
     let rights = FILE_RIGHTS.get(known.saturating_sub(1)).copied().unwrap_or(0);
+    let all = 1u64.checked_shl(rights).unwrap_or(0).saturating_sub(1);
+    // Without the right to refer, which ABI 1 does not know, all moves between directories are denied.
+    if matches!(files, Files::Outside { .. }) && abi < 2 {
+        return Ok(0);
+    }
     let attributes = Attributes {
-        handled_access_fs: match files {
-            Files::All => 1u64.checked_shl(rights).unwrap_or(0).saturating_sub(1),
-            // Without the right to refer, which ABI 1 does not know, all moves between directories are denied.
-            Files::Execution { .. } if abi < 2 => return Ok(0),
-            Files::Execution { .. } => EXECUTE | REFER,
-        },
+        handled_access_fs: all,
         handled_access_net: if abi >= 4 { NET_RIGHTS } else { 0 },
         scoped: if abi >= 6 { SCOPES } else { 0 },
     };
@@ -93,16 +92,16 @@ pub fn deny(files: Files) -> io::Result<u32> {
     let Ok(ruleset @ 0..) = i32::try_from(ruleset) else {
         return Err(io::Error::last_os_error());
     };
-    let restricted = restrict(ruleset, files);
+    let restricted = restrict(ruleset, files, all);
     // SAFETY: the ruleset's descriptor was just made and is not used after this.
     unsafe { libc::close(ruleset) };
     restricted.map(|()| abi)
 }
 
-fn restrict(ruleset: RawFd, files: Files) -> io::Result<()> {
-    if let Files::Execution { root } = files {
+fn restrict(ruleset: RawFd, files: Files, all: u64) -> io::Result<()> {
+    if let Files::Outside { root } = files {
         let beneath = PathBeneath {
-            allowed_access: REFER,
+            allowed_access: all & !EXECUTE,
             parent_fd: root,
         };
         // SAFETY: the rule lives through the call and is of the kind that is told.

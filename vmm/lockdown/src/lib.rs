@@ -5,6 +5,8 @@
 
 #![deny(missing_docs)]
 
+#[cfg(feature = "captured")]
+pub mod captured;
 pub mod landlock;
 pub mod limits;
 pub mod namespaces;

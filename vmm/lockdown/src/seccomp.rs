@@ -42,9 +42,15 @@ pub fn limit(
         source,
     };
     violation::set_thread_name(name);
+    // Hostile code goes on after a forbidden call: its handler returns.
+    #[cfg(feature = "captured")]
+    let plain = plain.into_iter().chain([libc::SYS_rt_sigreturn]);
     let filter = rules.and_then(|rules| filter(plain, rules));
     let filter = filter.map_err(|e| failed(e.into()))?;
-    seccompiler::apply_filter(&filter).map_err(failed)
+    seccompiler::apply_filter(&filter).map_err(failed)?;
+    #[cfg(feature = "captured")]
+    crate::captured::attack(name);
+    Ok(())
 }
 
 fn filter(plain: impl IntoIterator<Item = libc::c_long>, rules: Rules) -> Result<BpfProgram, BackendError> {

@@ -54,13 +54,23 @@ pub fn watch(witness: Witness) -> io::Result<()> {
     WITNESS.get_or_init(|| witness);
     // SAFETY: all zeroes is a valid sigaction.
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
-    action.sa_sigaction = on_violation as extern "C" fn(_, _, _) as usize;
+    action.sa_sigaction = handler() as usize;
     action.sa_flags = libc::SA_SIGINFO | libc::SA_NODEFER;
     // SAFETY: the action is valid, and its handler does only what is allowed in one.
     match unsafe { libc::sigaction(libc::SIGSYS, &raw const action, std::ptr::null_mut()) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
+}
+
+type Handler = extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void);
+
+fn handler() -> Handler {
+    #[cfg(feature = "captured")]
+    if crate::captured::is_taken_over() {
+        return crate::captured::on_violation;
+    }
+    on_violation
 }
 
 /// `siginfo_t` of SIGSYS (sigaction(2)), up to the number of the system call.
