@@ -59,7 +59,7 @@ tries = {
     'log device': lambda: device('kmsg', 1, 11),
     'console device': lambda: device('hvc0', 229, 0),
     'kcore': lambda: open('/proc/kcore', 'rb').close(),
-    'sysrq': lambda: open('/proc/sysrq-trigger', 'wb').close(),
+    'sysrq': lambda: os.close(os.open('/proc/sysrq-trigger', os.O_WRONLY)),
     'init_module': lambda: call(175, None, 0, b''),
     'finit_module': lambda: call(313, 0, b'', 0),
     'kexec_load': lambda: call(246, 0, 0, None, 0),
@@ -75,7 +75,7 @@ tries = {
     'proc': lambda: mount('proc'),
     'agent process by proc': lambda: agent('/tmp/proc'),
     'kcore by proc': lambda: open('/tmp/proc/kcore', 'rb').close(),
-    'sysrq by proc': lambda: open('/tmp/proc/sysrq-trigger', 'wb').close(),
+    'sysrq by proc': lambda: os.close(os.open('/tmp/proc/sysrq-trigger', os.O_WRONLY)),
 }
 for name, attempt in tries.items():
     try: print(f'{name}: done, {attempt()}')

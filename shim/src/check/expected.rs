@@ -156,8 +156,8 @@ fn only_file_capabilities(has: &Capabilities) -> impl Iterator<Item = String> {
 fn locked(thread: &Thread) -> impl Iterator<Item = String> {
     let privileges =
         (!thread.no_new_privs).then(|| "may gain privileges (no_new_privs is not set)".to_owned());
-    let calls =
-        (thread.seccomp != FILTERED).then(|| "may make all system calls (no seccomp filter)".to_owned());
+    let calls = (thread.seccomp != FILTERED && !thread.of_kernel)
+        .then(|| "may make all system calls (no seccomp filter)".to_owned());
     [privileges, calls].into_iter().flatten()
 }
 

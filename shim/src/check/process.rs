@@ -22,6 +22,9 @@ pub const LIMITS: [(&str, &str); 4] = [
 /// Mode of seccomp(2) in which filters decide.
 pub const FILTERED: u8 = 2;
 
+/// `PF_USER_WORKER` of the kernel's linux/sched.h, in the flags of `/proc/PID/task/TID/stat`.
+const USER_WORKER: u64 = 0x4000;
+
 /// Names of the capabilities by number, without `CAP_`.
 const CAPABILITIES: [&str; 41] = [
     "chown",
@@ -135,6 +138,8 @@ pub struct Thread {
     pub seccomp: u8,
     /// Number of its filters, where the kernel (5.9 or later) tells.
     pub filters: Option<u32>,
+    /// It is the kernel's own work on the process's account (KVM's, vhost's) and never runs the process's code.
+    pub of_kernel: bool,
 }
 
 /// A namespace of a process.
@@ -352,8 +357,12 @@ fn number<N: FromStr>(status: &str, field: &str) -> Option<N> {
 fn threads(dir: &Path) -> io::Result<Vec<Thread>> {
     let mut threads = Vec::new();
     for tid in numbers::<u32>(&dir.join("task"))? {
-        match fs::read_to_string(dir.join("task").join(tid.to_string()).join("status")) {
-            Ok(status) => threads.push(thread(tid, &status)?),
+        let task = dir.join("task").join(tid.to_string());
+        match fs::read_to_string(task.join("status")) {
+            Ok(status) => threads.push(Thread {
+                of_kernel: fs::read_to_string(task.join("stat")).is_ok_and(|stat| is_of_kernel(&stat)),
+                ..thread(tid, &status)?
+            }),
             Err(error) if is_gone(&error) => {}
             Err(error) => return Err(error),
         }
@@ -362,6 +371,16 @@ fn threads(dir: &Path) -> io::Result<Vec<Thread>> {
         return Err(io::Error::new(io::ErrorKind::NotFound, "it has ended"));
     }
     Ok(threads)
+}
+
+/// By field 9 of the stat file. The second field, the name, may hold blanks and parentheses.
+fn is_of_kernel(stat: &str) -> bool {
+    let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields);
+    let flags = fields
+        .split_ascii_whitespace()
+        .nth(6)
+        .and_then(|flags| flags.parse::<u64>().ok());
+    flags.is_some_and(|flags| flags & USER_WORKER != 0)
 }
 
 /// Whether what was to be read ended meanwhile.
@@ -398,6 +417,7 @@ fn thread(tid: u32, status: &str) -> io::Result<Thread> {
         no_new_privs: number::<u8>(status, "NoNewPrivs:").ok_or_else(|| missing("NoNewPrivs"))? == 1,
         seccomp: number(status, "Seccomp:").ok_or_else(|| missing("Seccomp"))?,
         filters: number(status, "Seccomp_filters:"),
+        of_kernel: false,
     })
 }
 
@@ -471,6 +491,15 @@ mod tests {
         assert_eq!((thread.uids, thread.groups), (vec![5, 6, 7, 8], vec![]));
         assert_eq!((thread.seccomp, thread.filters), (2, Some(3)));
         assert_eq!(thread.capabilities.ambient, Set(4));
+    }
+
+    #[test]
+    fn the_kernels_own_threads_are_told_by_their_flags() {
+        assert!(!is_of_kernel(
+            "42 (a) 1 1 1 1 1 1 16384) S 1 42 42 0 -1 4194368 1 2"
+        ));
+        assert!(is_of_kernel("42 (vhost-41) S 1 42 42 0 -1 4210752 1 2"));
+        assert!(!is_of_kernel("42 (x"));
     }
 
     #[test]

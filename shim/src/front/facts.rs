@@ -131,8 +131,15 @@ fn rows(process: &Process) -> Vec<(&'static str, String)> {
         rows.push((
             "seccomp",
             format!(
-                "mode {}{filters}: {} ({})",
-                thread.seccomp, thread.tid, thread.name
+                "mode {}{filters}: {} ({}{})",
+                thread.seccomp,
+                thread.tid,
+                thread.name,
+                if thread.of_kernel {
+                    ", the kernel's own"
+                } else {
+                    ""
+                }
             ),
         ));
     }
@@ -249,6 +256,7 @@ fn facts(process: &Process) -> Value {
                 "no_new_privs": thread.no_new_privs,
                 "seccomp": thread.seccomp,
                 "filters": thread.filters,
+                "of_kernel": thread.of_kernel,
             })
         })
         .collect();
