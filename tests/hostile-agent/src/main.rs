@@ -12,7 +12,7 @@ use std::time::Duration;
 use husk_agent_protocol::limits::AGENT_PORT;
 use husk_agent_protocol::messages::{
     ContainerStatsResponse, CreateContainerRequest, CreateContainerResponse, Event, ExecProcessResponse,
-    Failure, ListProcessesResponse, SetupResponse, StartContainerResponse, Stdio,
+    Failure, ListProcessesResponse, SetupRequest, SetupResponse, StartContainerResponse, Stdio,
     event::{Exit, Oom},
     failure,
     list_processes_response::Process,
@@ -90,6 +90,8 @@ struct Agent {
     events: u32,
     container: String,
     stdio: Stdio,
+    /// What streams begin with.
+    secret: Vec<u8>,
 }
 
 fn run(word: &str) -> io::Result<()> {
@@ -105,6 +107,7 @@ fn run(word: &str) -> io::Result<()> {
         events: 0,
         container: String::new(),
         stdio: Stdio::default(),
+        secret: Vec::new(),
     };
     match word {
         "hang-up" => return drop_and_wait(agent),
@@ -282,6 +285,8 @@ impl Agent {
             }
             ("Setup", "setup-no-message") => self.frame(stream, RESPONSE, 0, &[0xff; 1000])?,
             ("Setup", _) => {
+                let asked = SetupRequest::parse_from_bytes(&request.payload).map_err(io::Error::other)?;
+                self.secret = asked.stream_secret;
                 let answer = SetupResponse {
                     agent_version: "0.0.0-hostile".into(),
                     kernel_release: "0-hostile".into(),
@@ -353,8 +358,8 @@ impl Agent {
             "event-nonsense" => self.event(Event::new())?,
             "event-bad-id" => self.exited("../../../etc", "", 1)?,
             "output-flood" => {
-                let mut stdout = dial(self.stdio.stdout_port)?;
-                let mut stderr = dial(self.stdio.stderr_port)?;
+                let mut stdout = self.stream(self.stdio.stdout_port)?;
+                let mut stderr = self.stream(self.stdio.stderr_port)?;
                 let bytes = vec![b'x'; 1 << 20];
                 for _ in 0..OUTPUT / bytes.len() {
                     stdout.write_all(&bytes)?;
@@ -362,11 +367,11 @@ impl Agent {
                 }
             }
             "noise" => {
-                let first = dial(self.stdio.stdout_port)?;
-                let second = dial(self.stdio.stdout_port);
+                let first = self.stream(self.stdio.stdout_port)?;
+                let second = self.stream(self.stdio.stdout_port);
                 println!("hostile agent: taken twice: {}", second.is_ok());
                 drop(first);
-                dial(self.stdio.stderr_port)?;
+                self.stream(self.stdio.stderr_port)?;
             }
             _ => {}
         }
@@ -383,6 +388,13 @@ impl Agent {
             self.exited(&container, "", 8)?;
         }
         Ok(())
+    }
+
+    /// Dials a stream as an agent does.
+    fn stream(&self, port: u32) -> io::Result<File> {
+        let mut stream = dial(port)?;
+        stream.write_all(&self.secret)?;
+        Ok(stream)
     }
 
     fn lie(&mut self, stream: u32, method: &str) -> io::Result<()> {
