@@ -46,7 +46,11 @@ impl Ground {
             UnixListener::bind_addr(&name).unwrap(),
             tcp,
         );
-        let victim = Command::new("sleep").arg("1000").stdin(Stdio::null()).spawn().unwrap();
+        let victim = Command::new("sleep")
+            .arg("1000")
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap();
         Self {
             dir,
             victim,
@@ -114,7 +118,11 @@ fn each_attack_succeeds_without_the_lock_down() {
     let packets = ground.dir.join("packets");
     // Nothing in the standard library listens for packets.
     let _packets = listen_for_packets(&packets);
-    let done = run(&["sh", "-c", &format!("exec {} --attack-unlocked {}", build("husk-vmm"), ground.words())]);
+    let done = run(&[
+        "sh",
+        "-c",
+        &format!("exec {} --attack-unlocked {}", build("husk-vmm"), ground.words()),
+    ]);
     let out = done.out();
     let (count, failed) = told(&out, "failed:");
     let failed: Vec<_> = failed.iter().filter(|name| !MAY_FAIL.contains(name)).collect();
@@ -148,7 +156,8 @@ fn attacks_of(program: &str, option: &str) -> Vec<String> {
     let config = Config::at(DEFAULT, &text);
     let log = ContainerdLog::from_now();
     // The program goes on as usual: a container with it works.
-    let done = ctr_run_script("captured", "echo x > /made && cat /made && echo end").finish(Duration::from_secs(120));
+    let done = ctr_run_script("captured", "echo x > /made && cat /made && echo end")
+        .finish(Duration::from_secs(120));
     let log = log.read();
     let done = done.expect_code(0);
     assert_eq!(done.out(), "x\nend\n");
@@ -158,7 +167,10 @@ fn attacks_of(program: &str, option: &str) -> Vec<String> {
         let (count, succeeded) = told(line, "succeeded:");
         assert!(count >= MIN_ATTACKS, "{line}");
         assert!(succeeded.is_empty(), "{program}: {line}");
-        let name = line.split("captured: ").nth(1).and_then(|rest| rest.split(':').next());
+        let name = line
+            .split("captured: ")
+            .nth(1)
+            .and_then(|rest| rest.split(':').next());
         threads.push(name.unwrap().to_owned());
     }
     assert_eq!(fs::read_to_string(ground.dir.join("secret")).unwrap(), "secret\n");

@@ -5,8 +5,8 @@
 
 mod bad_input;
 mod bundle;
-mod case;
 mod captured;
+mod case;
 mod census;
 mod command;
 mod config;

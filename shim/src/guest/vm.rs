@@ -422,13 +422,22 @@ impl Machine {
         for reader in std::mem::take(&mut *self.readers.lock().await) {
             let _ = timeout(LAST_WORDS, reader).await;
         }
+        // The VMM only sees that the file server is gone; why, that one's log says.
+        let last_words = |log: &LastLine| log.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some(message) = told.as_mut().filter(|message| message.contains("husk-fsd")) {
+            let line = last_words(&self.fsd_log);
+            if !line.is_empty() {
+                message.push_str("; the last line of its log: ");
+                message.push_str(&line);
+            }
+        }
         told.unwrap_or_else(|| {
             let log = if how.starts_with("husk-fsd") {
                 &self.fsd_log
             } else {
                 &self.vmm_log
             };
-            match log.lock().unwrap_or_else(PoisonError::into_inner).as_str() {
+            match last_words(log).as_str() {
                 "" => how,
                 line => format!("{how}; the last line of its log: {line}"),
             }

@@ -101,3 +101,69 @@ fn worker_rules() -> Result<Rules, RuleError> {
     }
     Ok(rules)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As the README tells of them: those with conditions in brackets.
+    fn told(plain: Allowed, rules: Rules) -> String {
+        let name = |call: libc::c_long| husk_syscalls::name(u32::try_from(call).unwrap()).unwrap();
+        let plain = plain.iter().map(|call| (name(*call), name(*call).to_owned()));
+        let rules = rules
+            .iter()
+            .map(|(call, _)| (name(*call), format!("[{}]", name(*call))));
+        let mut all: Vec<_> = plain.chain(rules).collect();
+        all.sort();
+        let told: Vec<_> = all.into_iter().map(|(_, told)| told).collect();
+        format!("{} | {}", told.len(), told.join(" "))
+    }
+
+    #[test]
+    fn the_readme_tells_what_is_allowed() {
+        let readme = include_str!("../../../README.md");
+        let lines = [
+            format!(
+                "| `husk-fsd` `main` | {} |",
+                told(MAIN, seccomp::memory(true).unwrap())
+            ),
+            format!(
+                "| `husk-fsd` `fs-0` to `fs-3` | {} |",
+                told(WORKER, worker_rules().unwrap())
+            ),
+        ];
+        let missing: Vec<_> = lines.iter().filter(|line| !readme.contains(*line)).collect();
+        assert!(missing.is_empty(), "the README lacks\n{missing:#?}");
+    }
+
+    #[test]
+    fn none_opens_by_handle_connects_makes_processes_or_mounts() {
+        let forbidden = [
+            libc::SYS_open_by_handle_at,
+            libc::SYS_name_to_handle_at,
+            libc::SYS_socket,
+            libc::SYS_connect,
+            libc::SYS_bind,
+            libc::SYS_clone,
+            libc::SYS_clone3,
+            libc::SYS_fork,
+            libc::SYS_vfork,
+            libc::SYS_execve,
+            libc::SYS_execveat,
+            libc::SYS_ptrace,
+            libc::SYS_kill,
+            libc::SYS_mount,
+            libc::SYS_unshare,
+            libc::SYS_setns,
+            libc::SYS_chroot,
+            libc::SYS_pivot_root,
+            libc::SYS_bpf,
+            libc::SYS_ioctl,
+            libc::SYS_prctl,
+            libc::SYS_setresuid,
+        ];
+        for call in MAIN.iter().chain(WORKER) {
+            assert!(!forbidden.contains(call), "{call}");
+        }
+    }
+}

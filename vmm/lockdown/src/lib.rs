@@ -4,6 +4,7 @@
 //! by [`violation`].
 
 #![deny(missing_docs)]
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::indexing_slicing))]
 
 #[cfg(feature = "captured")]
 pub mod captured;

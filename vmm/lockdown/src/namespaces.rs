@@ -197,3 +197,57 @@ fn descriptor(result: libc::c_long) -> io::Result<OwnedFd> {
     // SAFETY: the system call has just made this descriptor; nobody else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const USER: u32 = 0x7000_0001;
+
+    /// What is wrong in a process that has left the host: 0 if nothing is.
+    fn what_is_wrong() -> i32 {
+        // SAFETY: only system calls with paths that are NUL-terminated and live through the call.
+        unsafe {
+            let host = (libc::getuid(), libc::getgid()) == (USER, USER);
+            let named = libc::open(c"/etc/passwd".as_ptr(), libc::O_PATH) >= 0
+                || libc::open(c"/proc/self".as_ptr(), libc::O_PATH) >= 0
+                || libc::open(c"/../../etc".as_ptr(), libc::O_PATH) >= 0;
+            let made = libc::mkdir(c"/made".as_ptr(), 0o700) == 0;
+            let groups = libc::getgroups(0, ptr::null_mut());
+            match (host, named, made, groups) {
+                (false, ..) => 10,
+                (_, true, ..) => 11,
+                (_, _, true, _) => 12,
+                (_, _, _, 1..) => 13,
+                // The loopback interface of a new net namespace, and no other.
+                _ if libc::if_nametoindex(c"lo".as_ptr()) != 1 => 14,
+                _ => 0,
+            }
+        }
+    }
+
+    #[test]
+    fn who_has_left_the_host_has_nothing_of_it() {
+        // SAFETY: no pointers are involved.
+        if unsafe { libc::geteuid() } != 0 {
+            eprintln!("not run: only root can become somebody else");
+            return;
+        }
+        let mut status = 0;
+        // SAFETY: the child has one thread, and ends without returning.
+        unsafe {
+            match libc::fork() {
+                0 => libc::_exit(match leave_host(Some(USER)) {
+                    Ok(()) => what_is_wrong(),
+                    Err(error) => {
+                        eprintln!("{error}: {:?}", std::error::Error::source(&error));
+                        99
+                    }
+                }),
+                child => assert_eq!(libc::waitpid(child, &raw mut status, 0), child),
+            }
+        }
+        assert!(libc::WIFEXITED(status), "{status:#x}");
+        assert_eq!(libc::WEXITSTATUS(status), 0);
+    }
+}

@@ -153,7 +153,15 @@ fn victims_memory(g: &Ground, call: libc::c_long) -> bool {
         };
         // Nothing of it is changed: to write none is allowed to who may write.
         let count = u64::from(call == libc::SYS_process_vm_readv);
-        libc::syscall(call, g.victim, &raw const local, count, &raw const there, count, 0) >= 0
+        libc::syscall(
+            call,
+            g.victim,
+            &raw const local,
+            count,
+            &raw const there,
+            count,
+            0,
+        ) >= 0
     }
 }
 
@@ -169,12 +177,21 @@ pub(super) static ATTACKS: &[Attack] = &[
     ("openat", |g| opened(&g.secret(), libc::O_RDONLY)),
     ("openat2", |g| {
         let how: libc::open_how = unsafe { zeroed() };
-        opens!(SYS_openat2, libc::AT_FDCWD, g.secret().as_ptr(), &raw const how, size_of::<libc::open_how>())
+        opens!(
+            SYS_openat2,
+            libc::AT_FDCWD,
+            g.secret().as_ptr(),
+            &raw const how,
+            size_of::<libc::open_how>()
+        )
     }),
     ("open-path", |g| opened(&g.secret(), libc::O_PATH)),
     ("creat", |g| opens!(SYS_creat, g.path("made").as_ptr(), 0o600)),
     ("open-by-dots", |g| {
-        let dots = CString::new(format!("../../../../../../../../..{}", g.secret().to_string_lossy()));
+        let dots = CString::new(format!(
+            "../../../../../../../../..{}",
+            g.secret().to_string_lossy()
+        ));
         opened(&dots.unwrap_or_default(), libc::O_RDONLY)
     }),
     ("open-by-proc-root", |g| {
@@ -186,13 +203,18 @@ pub(super) static ATTACKS: &[Attack] = &[
         opened(&path.unwrap_or_default(), libc::O_RDONLY)
     }),
     ("open-by-proc-cwd", |g| {
-        let path = CString::new(format!("/proc/{}/cwd/../../../../../../../..{}", g.victim, g.secret().to_string_lossy()));
+        let path = CString::new(format!(
+            "/proc/{}/cwd/../../../../../../../..{}",
+            g.victim,
+            g.secret().to_string_lossy()
+        ));
         opened(&path.unwrap_or_default(), libc::O_RDONLY)
     }),
     ("open-by-a-link", |g| {
         // Made where the program may make one, if anywhere.
         let link = g.path("link-to-secret");
-        let made = |path: &CStr| unsafe { libc::symlinkat(g.secret().as_ptr(), libc::AT_FDCWD, path.as_ptr()) } == 0;
+        let made =
+            |path: &CStr| unsafe { libc::symlinkat(g.secret().as_ptr(), libc::AT_FDCWD, path.as_ptr()) } == 0;
         let found = (made(&link) && opened(&link, libc::O_RDONLY))
             || (made(c"/husk-attack-link") && opened(c"/husk-attack-link", libc::O_RDONLY));
         unsafe {
@@ -225,9 +247,14 @@ pub(super) static ATTACKS: &[Attack] = &[
         (0..64).any(|fd| opens!(SYS_openat, fd, c"../exe".as_ptr(), libc::O_RDONLY))
     }),
     ("own-maps", |_| opened(c"/proc/self/maps", libc::O_RDONLY)),
-    ("own-environment", |_| opened(c"/proc/self/environ", libc::O_RDONLY)),
+    ("own-environment", |_| {
+        opened(c"/proc/self/environ", libc::O_RDONLY)
+    }),
     ("victims-memory-by-proc", |g| {
-        opened(&CString::new(format!("/proc/{}/mem", g.victim)).unwrap_or_default(), libc::O_RDWR)
+        opened(
+            &CString::new(format!("/proc/{}/mem", g.victim)).unwrap_or_default(),
+            libc::O_RDWR,
+        )
     }),
     ("victims-descriptors", |g| {
         let path = CString::new(format!("/proc/{}/fd/0", g.victim)).unwrap_or_default();
@@ -238,16 +265,27 @@ pub(super) static ATTACKS: &[Attack] = &[
     ("another-kvm", |_| opened(c"/dev/kvm", libc::O_RDWR)),
     ("another-tap", |_| opened(c"/dev/net/tun", libc::O_RDWR)),
     ("sysrq", |_| opened(c"/proc/sysrq-trigger", libc::O_WRONLY)),
-    ("core-pattern", |_| opened(c"/proc/sys/kernel/core_pattern", libc::O_WRONLY)),
-    ("cgroups", |_| opened(c"/sys/fs/cgroup/cgroup.procs", libc::O_WRONLY)),
+    ("core-pattern", |_| {
+        opened(c"/proc/sys/kernel/core_pattern", libc::O_WRONLY)
+    }),
+    ("cgroups", |_| {
+        opened(c"/sys/fs/cgroup/cgroup.procs", libc::O_WRONLY)
+    }),
     ("a-device-that-it-made", |g| {
         // A new node for /dev/kmsg's like, where it may make one.
-        [g.path("node"), c"/husk-attack-node".to_owned()].iter().any(|node| unsafe {
-            let made = libc::mknodat(libc::AT_FDCWD, node.as_ptr(), libc::S_IFCHR | 0o600, libc::makedev(1, 5));
-            let found = made == 0 && opened(node, libc::O_RDONLY);
-            libc::unlinkat(libc::AT_FDCWD, node.as_ptr(), 0);
-            found
-        })
+        [g.path("node"), c"/husk-attack-node".to_owned()]
+            .iter()
+            .any(|node| unsafe {
+                let made = libc::mknodat(
+                    libc::AT_FDCWD,
+                    node.as_ptr(),
+                    libc::S_IFCHR | 0o600,
+                    libc::makedev(1, 5),
+                );
+                let found = made == 0 && opened(node, libc::O_RDONLY);
+                libc::unlinkat(libc::AT_FDCWD, node.as_ptr(), 0);
+                found
+            })
     }),
     ("handles", |g| {
         // open_by_handle_at(2) knows no directory that it would have to stay in.
@@ -257,49 +295,111 @@ pub(super) static ATTACKS: &[Attack] = &[
             kind: i32,
             handle: [u8; 128],
         }
-        let mut handle = Handle { bytes: 128, kind: 0, handle: [0; 128] };
+        let mut handle = Handle {
+            bytes: 128,
+            kind: 0,
+            handle: [0; 128],
+        };
         let mut mount = 0;
         let named = call!(
-            SYS_name_to_handle_at, libc::AT_FDCWD, g.secret().as_ptr(), &raw mut handle, &raw mut mount, 0
+            SYS_name_to_handle_at,
+            libc::AT_FDCWD,
+            g.secret().as_ptr(),
+            &raw mut handle,
+            &raw mut mount,
+            0
         );
         let root = open(&g.dir, libc::O_RDONLY).unwrap_or(libc::AT_FDCWD);
         named && opens!(SYS_open_by_handle_at, root, &raw const handle, libc::O_RDONLY)
     }),
     ("stat", |g| {
         let mut stat: libc::statx = unsafe { zeroed() };
-        call!(SYS_statx, libc::AT_FDCWD, g.secret().as_ptr(), 0, libc::STATX_BASIC_STATS, &raw mut stat)
+        call!(
+            SYS_statx,
+            libc::AT_FDCWD,
+            g.secret().as_ptr(),
+            0,
+            libc::STATX_BASIC_STATS,
+            &raw mut stat
+        )
     }),
-    ("access", |g| call!(SYS_faccessat, libc::AT_FDCWD, g.secret().as_ptr(), libc::F_OK)),
+    ("access", |g| {
+        call!(SYS_faccessat, libc::AT_FDCWD, g.secret().as_ptr(), libc::F_OK)
+    }),
     ("list", |g| opened(&g.dir, libc::O_RDONLY | libc::O_DIRECTORY)),
     ("mkdir", |g| {
         call!(SYS_mkdirat, libc::AT_FDCWD, g.path("dir/made").as_ptr(), 0o700)
             && unsafe { libc::rmdir(g.path("dir/made").as_ptr()) } == 0
     }),
     ("symlink", |g| {
-        call!(SYS_symlinkat, c"x".as_ptr(), libc::AT_FDCWD, g.path("dir/link").as_ptr())
-            && unsafe { libc::unlink(g.path("dir/link").as_ptr()) } == 0
+        call!(
+            SYS_symlinkat,
+            c"x".as_ptr(),
+            libc::AT_FDCWD,
+            g.path("dir/link").as_ptr()
+        ) && unsafe { libc::unlink(g.path("dir/link").as_ptr()) } == 0
     }),
     ("link", |g| {
-        call!(SYS_linkat, libc::AT_FDCWD, g.secret().as_ptr(), libc::AT_FDCWD, g.path("hard").as_ptr(), 0)
-            && unsafe { libc::unlink(g.path("hard").as_ptr()) } == 0
+        call!(
+            SYS_linkat,
+            libc::AT_FDCWD,
+            g.secret().as_ptr(),
+            libc::AT_FDCWD,
+            g.path("hard").as_ptr(),
+            0
+        ) && unsafe { libc::unlink(g.path("hard").as_ptr()) } == 0
     }),
     ("link-into-the-share", |g| {
-        let made = [c"/husk-attack-hard".to_owned(), g.path("hard")].into_iter().find(|to| {
-            call!(SYS_linkat, libc::AT_FDCWD, g.secret().as_ptr(), libc::AT_FDCWD, to.as_ptr(), 0)
-        });
+        let made = [c"/husk-attack-hard".to_owned(), g.path("hard")]
+            .into_iter()
+            .find(|to| {
+                call!(
+                    SYS_linkat,
+                    libc::AT_FDCWD,
+                    g.secret().as_ptr(),
+                    libc::AT_FDCWD,
+                    to.as_ptr(),
+                    0
+                )
+            });
         made.is_some_and(|to| unsafe { libc::unlink(to.as_ptr()) } == 0)
     }),
     ("rename", |g| {
         let (from, to) = (g.secret(), g.path("renamed"));
-        call!(SYS_renameat2, libc::AT_FDCWD, from.as_ptr(), libc::AT_FDCWD, to.as_ptr(), 0)
-            && unsafe { libc::rename(to.as_ptr(), from.as_ptr()) } == 0
+        call!(
+            SYS_renameat2,
+            libc::AT_FDCWD,
+            from.as_ptr(),
+            libc::AT_FDCWD,
+            to.as_ptr(),
+            0
+        ) && unsafe { libc::rename(to.as_ptr(), from.as_ptr()) } == 0
     }),
-    ("chmod", |g| call!(SYS_fchmodat, libc::AT_FDCWD, g.secret().as_ptr(), 0o600)),
-    ("chown", |g| call!(SYS_fchownat, libc::AT_FDCWD, g.secret().as_ptr(), 0, 0, 0)),
+    ("chmod", |g| {
+        call!(SYS_fchmodat, libc::AT_FDCWD, g.secret().as_ptr(), 0o600)
+    }),
+    ("chown", |g| {
+        call!(SYS_fchownat, libc::AT_FDCWD, g.secret().as_ptr(), 0, 0, 0)
+    }),
     ("truncate", |g| call!(SYS_truncate, g.path("empty").as_ptr(), 0)),
-    ("touch", |g| call!(SYS_utimensat, libc::AT_FDCWD, g.secret().as_ptr(), null::<u8>(), 0)),
+    ("touch", |g| {
+        call!(
+            SYS_utimensat,
+            libc::AT_FDCWD,
+            g.secret().as_ptr(),
+            null::<u8>(),
+            0
+        )
+    }),
     ("xattr", |g| {
-        call!(SYS_setxattr, g.secret().as_ptr(), c"trusted.husk".as_ptr(), c"x".as_ptr(), 1, 0)
+        call!(
+            SYS_setxattr,
+            g.secret().as_ptr(),
+            c"trusted.husk".as_ptr(),
+            c"x".as_ptr(),
+            1,
+            0
+        )
     }),
     ("statfs", |g| {
         let mut stat: libc::statfs = unsafe { zeroed() };
@@ -317,23 +417,51 @@ pub(super) static ATTACKS: &[Attack] = &[
         // Refused for what the file is, not for who asks.
         !call!(SYS_swapon, g.secret().as_ptr(), 0) && unsafe { *libc::__errno_location() } == libc::EINVAL
     }),
-    ("quota", |_| call!(SYS_quotactl, 0x80_0001u32 << 8, null::<u8>(), 0, null_mut::<u8>())),
+    ("quota", |_| {
+        call!(SYS_quotactl, 0x80_0001u32 << 8, null::<u8>(), 0, null_mut::<u8>())
+    }),
     // Mounts.
     ("mount", |g| {
         let dir = g.path("dir");
-        call!(SYS_mount, c"none".as_ptr(), dir.as_ptr(), c"tmpfs".as_ptr(), 0, null::<u8>())
-            && unsafe { libc::umount2(dir.as_ptr(), libc::MNT_DETACH) } == 0
+        call!(
+            SYS_mount,
+            c"none".as_ptr(),
+            dir.as_ptr(),
+            c"tmpfs".as_ptr(),
+            0,
+            null::<u8>()
+        ) && unsafe { libc::umount2(dir.as_ptr(), libc::MNT_DETACH) } == 0
     }),
     ("bind-mount", |g| {
         let dir = g.path("dir");
-        call!(SYS_mount, dir.as_ptr(), dir.as_ptr(), null::<u8>(), libc::MS_BIND, null::<u8>())
-            && unsafe { libc::umount2(dir.as_ptr(), libc::MNT_DETACH) } == 0
+        call!(
+            SYS_mount,
+            dir.as_ptr(),
+            dir.as_ptr(),
+            null::<u8>(),
+            libc::MS_BIND,
+            null::<u8>()
+        ) && unsafe { libc::umount2(dir.as_ptr(), libc::MNT_DETACH) } == 0
     }),
     ("new-mount-api", |_| opens!(SYS_fsopen, c"tmpfs".as_ptr(), 0)),
-    ("open-tree", |_| opens!(SYS_open_tree, libc::AT_FDCWD, c"/".as_ptr(), libc::OPEN_TREE_CLONE)),
+    ("open-tree", |_| {
+        opens!(
+            SYS_open_tree,
+            libc::AT_FDCWD,
+            c"/".as_ptr(),
+            libc::OPEN_TREE_CLONE
+        )
+    }),
     ("mount-attributes", |_| {
         let attributes = [0u64; 4];
-        call!(SYS_mount_setattr, libc::AT_FDCWD, c"/".as_ptr(), 0, attributes.as_ptr(), size_of_val(&attributes))
+        call!(
+            SYS_mount_setattr,
+            libc::AT_FDCWD,
+            c"/".as_ptr(),
+            0,
+            attributes.as_ptr(),
+            size_of_val(&attributes)
+        )
     }),
     // Namespaces.
     ("unshare-user", |_| call!(SYS_unshare, libc::CLONE_NEWUSER)),
@@ -356,13 +484,25 @@ pub(super) static ATTACKS: &[Attack] = &[
     ("socket-unix", |_| socket(libc::AF_UNIX, libc::SOCK_STREAM, 0)),
     ("socket-inet", |_| socket(libc::AF_INET, libc::SOCK_STREAM, 0)),
     ("socket-inet6", |_| socket(libc::AF_INET6, libc::SOCK_DGRAM, 0)),
-    ("socket-raw", |_| socket(libc::AF_INET, libc::SOCK_RAW, libc::IPPROTO_ICMP)),
+    ("socket-raw", |_| {
+        socket(libc::AF_INET, libc::SOCK_RAW, libc::IPPROTO_ICMP)
+    }),
     ("socket-packet", |_| socket(libc::AF_PACKET, libc::SOCK_RAW, 0)),
-    ("socket-netlink", |_| socket(libc::AF_NETLINK, libc::SOCK_RAW, libc::NETLINK_ROUTE)),
-    ("socket-audit", |_| socket(libc::AF_NETLINK, libc::SOCK_RAW, libc::NETLINK_KOBJECT_UEVENT)),
+    ("socket-netlink", |_| {
+        socket(libc::AF_NETLINK, libc::SOCK_RAW, libc::NETLINK_ROUTE)
+    }),
+    ("socket-audit", |_| {
+        socket(libc::AF_NETLINK, libc::SOCK_RAW, libc::NETLINK_KOBJECT_UEVENT)
+    }),
     ("socketpair", |_| {
         let mut pair = [0i32; 2];
-        call!(SYS_socketpair, libc::AF_UNIX, libc::SOCK_STREAM, 0, pair.as_mut_ptr())
+        call!(
+            SYS_socketpair,
+            libc::AF_UNIX,
+            libc::SOCK_STREAM,
+            0,
+            pair.as_mut_ptr()
+        )
     }),
     ("connect-tcp", |g| {
         let address = loopback(g.port);
@@ -414,15 +554,32 @@ pub(super) static ATTACKS: &[Attack] = &[
     ("execve", |_| unsafe {
         // Replaces the process by one that ends well.
         let argv = [c"true".as_ptr(), null()];
-        libc::syscall(libc::SYS_execve, c"/bin/true".as_ptr(), argv.as_ptr(), null::<u8>()) == 0
+        libc::syscall(
+            libc::SYS_execve,
+            c"/bin/true".as_ptr(),
+            argv.as_ptr(),
+            null::<u8>(),
+        ) == 0
     }),
     ("execve-itself", |_| unsafe {
         let argv = [c"husk".as_ptr(), c"--version".as_ptr(), null()];
-        libc::syscall(libc::SYS_execve, c"/proc/self/exe".as_ptr(), argv.as_ptr(), null::<u8>()) == 0
+        libc::syscall(
+            libc::SYS_execve,
+            c"/proc/self/exe".as_ptr(),
+            argv.as_ptr(),
+            null::<u8>(),
+        ) == 0
     }),
     ("execveat", |_| unsafe {
         let argv = [c"true".as_ptr(), null()];
-        libc::syscall(libc::SYS_execveat, libc::AT_FDCWD, c"/bin/true".as_ptr(), argv.as_ptr(), null::<u8>(), 0) == 0
+        libc::syscall(
+            libc::SYS_execveat,
+            libc::AT_FDCWD,
+            c"/bin/true".as_ptr(),
+            argv.as_ptr(),
+            null::<u8>(),
+            0,
+        ) == 0
     }),
     ("kill", |g| call!(SYS_kill, g.victim, libc::SIGCONT)),
     ("kill-all", |_| call!(SYS_kill, -1, 0)),
@@ -448,25 +605,55 @@ pub(super) static ATTACKS: &[Attack] = &[
     }),
     ("ptrace", |g| unsafe {
         let seized = libc::syscall(libc::SYS_ptrace, libc::PTRACE_SEIZE, g.victim, 0, 0) == 0;
-        seized && { libc::syscall(libc::SYS_ptrace, libc::PTRACE_DETACH, g.victim, 0, 0); true }
+        seized && {
+            libc::syscall(libc::SYS_ptrace, libc::PTRACE_DETACH, g.victim, 0, 0);
+            true
+        }
     }),
-    ("victims-memory-read", |g| victims_memory(g, libc::SYS_process_vm_readv)),
-    ("victims-memory-written", |g| victims_memory(g, libc::SYS_process_vm_writev)),
+    ("victims-memory-read", |g| {
+        victims_memory(g, libc::SYS_process_vm_readv)
+    }),
+    ("victims-memory-written", |g| {
+        victims_memory(g, libc::SYS_process_vm_writev)
+    }),
     ("victims-limits", |g| {
         let mut limit = [0u64; 2];
-        call!(SYS_prlimit64, g.victim, libc::RLIMIT_NOFILE, null::<u8>(), limit.as_mut_ptr())
+        call!(
+            SYS_prlimit64,
+            g.victim,
+            libc::RLIMIT_NOFILE,
+            null::<u8>(),
+            limit.as_mut_ptr()
+        )
     }),
-    ("victims-priority", |g| call!(SYS_setpriority, libc::PRIO_PROCESS, g.victim, 0)),
+    ("victims-priority", |g| {
+        call!(SYS_setpriority, libc::PRIO_PROCESS, g.victim, 0)
+    }),
     ("victims-processors", |g| {
         let mut set = [0u64; 16];
-        call!(SYS_sched_getaffinity, g.victim, size_of_val(&set), set.as_mut_ptr())
+        call!(
+            SYS_sched_getaffinity,
+            g.victim,
+            size_of_val(&set),
+            set.as_mut_ptr()
+        )
     }),
     ("victims-scheduler", |g| call!(SYS_sched_getscheduler, g.victim)),
     ("victims-group", |g| call!(SYS_getpgid, g.victim)),
     ("victims-pages", |g| {
-        call!(SYS_move_pages, g.victim, 0, null::<u8>(), null::<u8>(), null::<u8>(), 0)
+        call!(
+            SYS_move_pages,
+            g.victim,
+            0,
+            null::<u8>(),
+            null::<u8>(),
+            null::<u8>(),
+            0
+        )
     }),
-    ("compare-with-victim", |g| call!(SYS_kcmp, g.victim, g.victim, 0, 0, 0)),
+    ("compare-with-victim", |g| {
+        call!(SYS_kcmp, g.victim, g.victim, 0, 0, 0)
+    }),
     ("robust-list", |g| {
         let (mut head, mut length) = (0usize, 0usize);
         call!(SYS_get_robust_list, g.victim, &raw mut head, &raw mut length)
@@ -477,17 +664,39 @@ pub(super) static ATTACKS: &[Attack] = &[
     ("setgroups", |_| call!(SYS_setgroups, 0, null::<u8>())),
     ("more-files", |_| {
         let limit = [1u64 << 21, 1 << 21];
-        call!(SYS_prlimit64, 0, libc::RLIMIT_NOFILE, limit.as_ptr(), null::<u8>())
-            || call!(SYS_setrlimit, libc::RLIMIT_CORE, limit.as_ptr())
+        call!(
+            SYS_prlimit64,
+            0,
+            libc::RLIMIT_NOFILE,
+            limit.as_ptr(),
+            null::<u8>()
+        ) || call!(SYS_setrlimit, libc::RLIMIT_CORE, limit.as_ptr())
     }),
-    ("dumpable", |_| call!(SYS_prctl, libc::PR_SET_DUMPABLE, 1, 0, 0, 0)),
-    ("keep-capabilities", |_| call!(SYS_prctl, libc::PR_SET_KEEPCAPS, 1, 0, 0, 0)),
+    ("dumpable", |_| {
+        call!(SYS_prctl, libc::PR_SET_DUMPABLE, 1, 0, 0, 0)
+    }),
+    ("keep-capabilities", |_| {
+        call!(SYS_prctl, libc::PR_SET_KEEPCAPS, 1, 0, 0, 0)
+    }),
     ("ambient-capabilities", |_| {
-        call!(SYS_prctl, libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+        call!(
+            SYS_prctl,
+            libc::PR_CAP_AMBIENT,
+            libc::PR_CAP_AMBIENT_CLEAR_ALL,
+            0,
+            0,
+            0
+        )
     }),
-    ("outlive-the-parent", |_| call!(SYS_prctl, libc::PR_SET_PDEATHSIG, 0, 0, 0, 0)),
-    ("another-filter", |_| call!(SYS_prctl, libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)),
-    ("read-the-time-stamp", |_| call!(SYS_prctl, libc::PR_SET_TSC, libc::PR_TSC_ENABLE, 0, 0, 0)),
+    ("outlive-the-parent", |_| {
+        call!(SYS_prctl, libc::PR_SET_PDEATHSIG, 0, 0, 0, 0)
+    }),
+    ("another-filter", |_| {
+        call!(SYS_prctl, libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    }),
+    ("read-the-time-stamp", |_| {
+        call!(SYS_prctl, libc::PR_SET_TSC, libc::PR_TSC_ENABLE, 0, 0, 0)
+    }),
     ("other-handlers", |_| {
         let mut old = [0u64; 8];
         call!(SYS_rt_sigaction, libc::SIGUSR1, null::<u8>(), old.as_mut_ptr(), 8)
@@ -503,13 +712,23 @@ pub(super) static ATTACKS: &[Attack] = &[
         call!(SYS_modify_ldt, 0, table.as_mut_ptr(), table.len())
     }),
     // Memory that can be executed.
-    ("map-executable", |_| executable(libc::PROT_READ | libc::PROT_EXEC)),
-    ("map-all", |_| executable(libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC)),
+    ("map-executable", |_| {
+        executable(libc::PROT_READ | libc::PROT_EXEC)
+    }),
+    ("map-all", |_| {
+        executable(libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC)
+    }),
     ("make-executable", |_| unsafe {
         libc::mprotect(page(), 4096, libc::PROT_READ | libc::PROT_EXEC) == 0
     }),
     ("make-executable-by-key", |_| {
-        call!(SYS_pkey_mprotect, page(), 4096, libc::PROT_READ | libc::PROT_EXEC, -1)
+        call!(
+            SYS_pkey_mprotect,
+            page(),
+            4096,
+            libc::PROT_READ | libc::PROT_EXEC,
+            -1
+        )
     }),
     ("map-a-file", |_| unsafe {
         let fd = open(c"/proc/self/exe", libc::O_RDONLY).unwrap_or(6);
@@ -525,7 +744,9 @@ pub(super) static ATTACKS: &[Attack] = &[
         let id = libc::msgget(libc::IPC_PRIVATE, libc::IPC_CREAT | 0o600);
         id >= 0 && libc::msgctl(id, libc::IPC_RMID, null_mut()) == 0
     }),
-    ("locked-memory", |_| call!(SYS_mlockall, libc::MCL_CURRENT | libc::MCL_ONFAULT)),
+    ("locked-memory", |_| {
+        call!(SYS_mlockall, libc::MCL_CURRENT | libc::MCL_ONFAULT)
+    }),
     // The kernel.
     ("bpf", |_| {
         let attributes: [u32; 18] = {
@@ -547,7 +768,16 @@ pub(super) static ATTACKS: &[Attack] = &[
         let mut parameters = [0u32; 30];
         opens!(SYS_io_uring_setup, 1, parameters.as_mut_ptr())
     }),
-    ("keys", |_| call!(SYS_add_key, c"user".as_ptr(), c"husk".as_ptr(), c"x".as_ptr(), 1, -2)),
+    ("keys", |_| {
+        call!(
+            SYS_add_key,
+            c"user".as_ptr(),
+            c"husk".as_ptr(),
+            c"x".as_ptr(),
+            1,
+            -2
+        )
+    }),
     ("keyring", |_| call!(SYS_keyctl, 0, -3, 1)),
     ("kernel-messages", |_| call!(SYS_syslog, 10, null_mut::<u8>(), 0)),
     ("module", |_| {
@@ -556,7 +786,9 @@ pub(super) static ATTACKS: &[Attack] = &[
             && unsafe { *libc::__errno_location() } == libc::ENOEXEC
     }),
     ("kexec", |_| call!(SYS_kexec_load, 0, 0, null::<u8>(), 0)),
-    ("reboot", |_| call!(SYS_reboot, 0xfee1_deadu32, 672_274_793, 0, null::<u8>())),
+    ("reboot", |_| {
+        call!(SYS_reboot, 0xfee1_deadu32, 672_274_793, 0, null::<u8>())
+    }),
     ("set-the-clock", |_| {
         // An impossible time: an error other than that it is not allowed.
         let time = [0i64, -1];
@@ -566,7 +798,12 @@ pub(super) static ATTACKS: &[Attack] = &[
     ("accounting", |_| call!(SYS_acct, null::<u8>())),
     ("timers", |_| {
         let mut timer = 0i32;
-        call!(SYS_timer_create, libc::CLOCK_MONOTONIC, null::<u8>(), &raw mut timer)
+        call!(
+            SYS_timer_create,
+            libc::CLOCK_MONOTONIC,
+            null::<u8>(),
+            &raw mut timer
+        )
     }),
     ("listen-to-signals", |_| {
         let mask = 0u64;
@@ -574,11 +811,21 @@ pub(super) static ATTACKS: &[Attack] = &[
     }),
     ("filter-with-a-listener", |_| {
         // Allow all; a second filter could tell another process of each call.
-        let program = [libc::sock_filter { code: 6, jt: 0, jf: 0, k: 0x7fff_0000 }];
-        let program = libc::sock_fprog { len: 1, filter: program.as_ptr().cast_mut() };
+        let program = [libc::sock_filter {
+            code: 6,
+            jt: 0,
+            jf: 0,
+            k: 0x7fff_0000,
+        }];
+        let program = libc::sock_fprog {
+            len: 1,
+            filter: program.as_ptr().cast_mut(),
+        };
         opens!(SYS_seccomp, 1, 8, &raw const program)
     }),
-    ("landlock", |_| call!(SYS_landlock_create_ruleset, null::<u8>(), 0, 1)),
+    ("landlock", |_| {
+        call!(SYS_landlock_create_ruleset, null::<u8>(), 0, 1)
+    }),
     // Requests of descriptors.
     ("terminals", |_| {
         let mut number = 0u32;
@@ -587,7 +834,9 @@ pub(super) static ATTACKS: &[Attack] = &[
             || call!(SYS_ioctl, terminal, libc::TIOCGPTN, &raw mut number)
     }),
     ("descriptor-flags", |_| any_ioctl(libc::FIONCLEX, 0)),
-    ("owner-of-a-descriptor", |g| (0..16).any(|fd| call!(SYS_fcntl, fd, libc::F_SETOWN, g.victim))),
+    ("owner-of-a-descriptor", |g| {
+        (0..16).any(|fd| call!(SYS_fcntl, fd, libc::F_SETOWN, g.victim))
+    }),
     ("another-vm", |_| kvm(0xae01, 0)),
     ("kvm-version", |_| kvm(0xae00, 0)),
 ];

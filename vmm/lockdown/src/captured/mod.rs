@@ -15,7 +15,9 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 /// What takes over the program's arguments, which are without its name: removes its own. A program that is not locked in
 /// ends here.
 pub fn take_over(arguments: &mut Vec<String>) {
-    let Some(mode) = arguments.first().cloned() else { return };
+    let Some(mode) = arguments.first().cloned() else {
+        return;
+    };
     if mode != "--attack" && mode != "--attack-unlocked" {
         return;
     }
@@ -27,7 +29,11 @@ pub fn take_over(arguments: &mut Vec<String>) {
             .filter(|(_, attack)| !in_a_process_of_its_own(&ground, *attack))
             .map(|(name, _)| *name)
             .collect();
-        println!("captured: unlocked: {} attacks, failed: {}", ATTACKS.len(), failed.join(" "));
+        println!(
+            "captured: unlocked: {} attacks, failed: {}",
+            ATTACKS.len(),
+            failed.join(" ")
+        );
         std::process::exit(i32::from(!failed.is_empty()));
     }
     let _ = GROUND.set(ground);
@@ -61,11 +67,7 @@ pub(crate) fn attack(name: &str) {
 }
 
 /// Makes a forbidden system call fail, instead of what [`crate::violation`] does.
-pub(crate) extern "C" fn on_violation(
-    _signal: i32,
-    _info: *mut libc::siginfo_t,
-    context: *mut libc::c_void,
-) {
+pub(crate) extern "C" fn on_violation(_signal: i32, _info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     // SAFETY: the kernel gives a handler with SA_SIGINFO the context that it returns to.
     let result = unsafe {
         (*context.cast::<libc::ucontext_t>())
