@@ -243,6 +243,77 @@ fn what_runs_can_be_looked_at() {
 }
 
 #[test]
+fn how_a_sandbox_is_locked_in_can_be_looked_at() {
+    let census = Census::take();
+    let container = Detached::start("locked-in", &["sleep", "1000"]);
+    let exec = Running::start(
+        &[
+            "ctr",
+            "task",
+            "exec",
+            "--exec-id",
+            "e",
+            "locked-in",
+            "sleep",
+            "1000",
+        ],
+        Input::Nothing,
+    );
+    let looked = |format: &str| run(&["husk", "check", "--sandbox", "locked-in", "--format", format]);
+    let of = |found: &serde_json::Value, name: &str| -> Vec<serde_json::Value> {
+        let all = found["processes"].as_array().unwrap().iter();
+        all.filter(|process| process["name"] == name).cloned().collect()
+    };
+    let found = eventually("the exec's stand-in to be shown", || {
+        let found: serde_json::Value = serde_json::from_str(&looked("json").out()).unwrap();
+        (of(&found, "husk-standin").len() == 2).then_some(found)
+    });
+    let faults: Vec<String> = found["processes"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|process| format!("{}: {}", process["name"], process["faults"]))
+        .collect();
+    assert_eq!(found["ok"], true, "{faults:#?}");
+    // The kernel says the same to whoever asks it directly.
+    for name in ["husk-vmm", "husk-fsd"] {
+        let [process] = of(&found, name).try_into().unwrap();
+        let status = fs::read_to_string(format!("/proc/{}/status", process["pid"])).unwrap();
+        let field = |field: &str| {
+            status
+                .lines()
+                .find_map(|line| line.strip_prefix(field))
+                .unwrap()
+                .trim()
+        };
+        let thread = &process["facts"]["threads"][0];
+        assert_eq!(field("Name:"), thread["name"]);
+        assert_eq!(field("Seccomp:"), thread["seccomp"].to_string());
+        let uid = field("Uid:").split_whitespace().next().unwrap();
+        assert_eq!(uid, thread["uids"][0].to_string());
+        let net = fs::read_link(format!("/proc/{}/ns/net", process["pid"])).unwrap();
+        let shown = process["facts"]["namespaces"]["net"]["id"].as_str().unwrap();
+        assert_eq!(net.to_str(), Some(format!("net:[{shown}]").as_str()));
+    }
+    assert_eq!(of(&found, "engine").len(), 1);
+    let table = looked("table").expect_code(0).out();
+    assert_says(
+        &table,
+        &[
+            "husk-vmm (pid ",
+            "descriptor",
+            "/dev/kvm",
+            "The sandbox is locked in as it has to be.",
+        ],
+    );
+    let done = run(&["husk", "check", "--sandbox", "no-such"]).expect_code(1);
+    assert_says(&done.err(), &["no-such does not exist"]);
+    container.remove();
+    drop(exec);
+    census.assert_unchanged();
+}
+
+#[test]
 fn a_container_of_a_dead_shim_is_shown_as_dead() {
     use nix::sys::signal::{Signal, kill};
     use nix::unistd::Pid;
