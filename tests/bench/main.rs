@@ -5,6 +5,7 @@
 //! In an emulated host times mean something only beside one another.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
 
+mod docker;
 mod memory;
 mod network;
 mod sizes;
@@ -53,7 +54,7 @@ fn main() {
         .iter()
         .find_map(|a| a.strip_prefix("--rounds="))
         .map_or(6, |n| n.parse().unwrap());
-    const PARTS: [&str; 4] = ["start", "network", "memory", "sizes"];
+    const PARTS: [&str; 5] = ["start", "docker", "network", "memory", "sizes"];
     let known =
         |a: &str| ["--json", "--table"].contains(&a) || PARTS.contains(&a) || a.starts_with("--rounds=");
     if let Some(unknown) = arguments.iter().find(|a| !known(a)) {
@@ -74,6 +75,7 @@ fn main() {
     for part in PARTS.into_iter().filter(|part| all || asked.contains(part)) {
         figures.extend(match part {
             "start" => start::measure(rounds),
+            "docker" => docker::measure(rounds),
             "network" => network::measure(rounds),
             "memory" => memory::measure(),
             _ => sizes::measure(),
