@@ -103,6 +103,9 @@ bench-program:
 	@mkdir -p $(E2E)
 	$(CARGO) build --release --locked -p husk-tests --bin bench --bin probe
 	@install -m 755 -C $(TARGET)/release/bench $(TARGET)/release/probe $(E2E)
+	@# Of which the lock-down can be left out, in a directory of their own: users' builds cannot.
+	$(CARGO) build --release --locked -p husk-vmm -p husk-fsd --features captured --target-dir target/captured
+	@for program in husk-vmm husk-fsd; do install -m 755 -C target/captured/$(notdir $(TARGET))/release/$$program $(E2E)/$$program-bench; done
 
 .PHONY: bench
 bench: build bench-program ## husk and runc in turn, in a clock that counts instructions

@@ -1,6 +1,9 @@
 //! How long a start takes.
 
+use std::fs;
 use std::io::Read;
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
@@ -14,6 +17,8 @@ const RUNTIMES: [(&str, &str); 2] = [
 /// `rounds` of everything, each round all of it in turn; the first round is dropped.
 pub fn measure(rounds: usize) -> Vec<Figure> {
     let mut hello = Vec::new();
+    let lockdown = Lockdown::new();
+    let (mut locked, mut free) = (Vec::new(), Vec::new());
     let mut whole = [Vec::new(), Vec::new()];
     let mut first = [Vec::new(), Vec::new()];
     for round in 0..rounds {
@@ -23,9 +28,13 @@ pub fn measure(rounds: usize) -> Vec<Figure> {
             round + 1,
             if counts { "" } else { " (dropped)" }
         );
-        let took = boot_to_hello();
+        let took = boot_to_hello(&[]);
+        let with = boot_to_hello(&["--config", &lockdown.locked]);
+        let without = boot_to_hello(&["--config", &lockdown.free]);
         if counts {
             hello.push(took);
+            locked.push(with);
+            free.push(without);
         }
         for (which, (name, runtime)) in RUNTIMES.iter().enumerate() {
             let took = run_true(runtime, &format!("true-{name}-{round}"));
@@ -41,7 +50,11 @@ pub fn measure(rounds: usize) -> Vec<Figure> {
         unit: "ms",
         values,
     };
-    let mut figures = vec![figure("husk: fork of the VMM to the agent's hello".into(), hello)];
+    let mut figures = vec![
+        figure("husk: fork of the VMM to the agent's hello".into(), hello),
+        figure("husk: the same, started by a script".into(), locked),
+        figure("husk: the same, not locked in".into(), free),
+    ];
     for (which, (name, _)) in RUNTIMES.iter().enumerate() {
         figures.push(figure(
             format!("{name}: ctr run --rm … true"),
@@ -57,9 +70,58 @@ pub fn measure(rounds: usize) -> Vec<Figure> {
     figures
 }
 
+/// Configurations by which VMM and file server are started by scripts, for once locked in and for once not.
+struct Lockdown {
+    dir: PathBuf,
+    locked: String,
+    free: String,
+}
+
+impl Lockdown {
+    fn new() -> Self {
+        let dir = PathBuf::from("/run/husk-bench");
+        fs::create_dir_all(&dir).unwrap();
+        let config = |name: &str, option: &str| {
+            let script = |program: &str| {
+                let path = dir.join(format!("{name}-{program}"));
+                let build = std::env::current_exe().unwrap();
+                let build = build.with_file_name(format!("{program}-bench"));
+                let text = format!("#!/bin/sh\nexec {} {option} \"$@\"\n", build.display());
+                fs::write(&path, text).unwrap();
+                fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+                path
+            };
+            let (vmm, fsd) = (script("husk-vmm"), script("husk-fsd"));
+            let path = dir.join(format!("{name}.toml"));
+            let text = format!(
+                "[programs]\nvmm = \"{}\"\nfsd = \"{}\"\n",
+                vmm.display(),
+                fsd.display()
+            );
+            fs::write(&path, text).unwrap();
+            path.to_str().unwrap().to_owned()
+        };
+        Self {
+            locked: config("locked", ""),
+            free: config("free", "--free"),
+            dir,
+        }
+    }
+}
+
+impl Drop for Lockdown {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+}
+
 /// Fork of `husk-vmm` to the agent's hello, as the engine itself measured it.
-fn boot_to_hello() -> f64 {
-    let output = Command::new("husk").args(["check", "--json"]).output().unwrap();
+fn boot_to_hello(options: &[&str]) -> f64 {
+    let output = Command::new("husk")
+        .args(["check", "--json"])
+        .args(options)
+        .output()
+        .unwrap();
     let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|e| {
         panic!(
             "husk check --json: {e}: {}",

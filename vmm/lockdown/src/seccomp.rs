@@ -37,6 +37,10 @@ pub fn limit(
     plain: impl IntoIterator<Item = libc::c_long>,
     rules: Result<Rules, RuleError>,
 ) -> Result<(), SeccompError> {
+    #[cfg(feature = "captured")]
+    if crate::captured::is_free() {
+        return Ok(());
+    }
     let failed = |source| SeccompError {
         thread: name.to_owned(),
         source,

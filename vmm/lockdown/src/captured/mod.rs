@@ -4,12 +4,14 @@
 //!
 //! With `--attack GROUND` as its first arguments a program is captured, and goes on as usual. With `--attack-unlocked
 //! GROUND` it is not locked in at all: it tries the attacks, each in a process of its own, and ends. What fails there
-//! would show nothing by failing elsewhere.
+//! would show nothing by failing elsewhere. With `--free` it is not locked in either, and runs as usual: what the lock-down
+//! costs is the difference.
 
 mod attacks;
 
 use attacks::{ATTACKS, Ground};
 use std::io::Write;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// What takes over the program's arguments, which are without its name: removes its own. A program that is not locked in
@@ -18,6 +20,11 @@ pub fn take_over(arguments: &mut Vec<String>) {
     let Some(mode) = arguments.first().cloned() else {
         return;
     };
+    if mode == "--free" {
+        FREE.store(true, Ordering::Relaxed);
+        arguments.remove(0);
+        return;
+    }
     if mode != "--attack" && mode != "--attack-unlocked" {
         return;
     }
@@ -40,6 +47,13 @@ pub fn take_over(arguments: &mut Vec<String>) {
 }
 
 static GROUND: OnceLock<Ground> = OnceLock::new();
+
+static FREE: AtomicBool = AtomicBool::new(false);
+
+/// Whether the program is not to be locked in.
+pub(crate) fn is_free() -> bool {
+    FREE.load(Ordering::Relaxed)
+}
 
 /// Whether hostile code is at work.
 pub(crate) fn is_taken_over() -> bool {
