@@ -29,7 +29,7 @@ const MAX_FRAME: usize = 4 << 20;
 /// Bytes of a flood of frames: what the engine reads at once, and some seconds' worth.
 const FLOOD: usize = 12 << 20;
 /// Bytes of output of a process.
-const OUTPUT: usize = 32 << 20;
+const OUTPUT: usize = 8 << 20;
 
 /// What no terminal may see.
 const ESCAPES: &str =
@@ -90,7 +90,7 @@ struct Agent {
     events: u32,
     container: String,
     stdio: Stdio,
-    /// What streams begin with.
+    /// With this the streams of processes begin.
     secret: Vec<u8>,
 }
 
@@ -265,6 +265,10 @@ impl Agent {
     /// Whether to go on.
     fn serve_one(&mut self, stream: u32, request: &Request) -> io::Result<bool> {
         let word = self.word.clone();
+        if request.method == "Setup" {
+            let asked = SetupRequest::parse_from_bytes(&request.payload).map_err(io::Error::other)?;
+            self.secret = asked.stream_secret;
+        }
         match (request.method.as_str(), word.as_str()) {
             (_, "silent") | ("CreateContainer", "silent-create") | ("StartContainer", "silent-start") => {}
             // Who has refused Setup could still say that the container has run, before the machine is ended.
@@ -285,8 +289,6 @@ impl Agent {
             }
             ("Setup", "setup-no-message") => self.frame(stream, RESPONSE, 0, &[0xff; 1000])?,
             ("Setup", _) => {
-                let asked = SetupRequest::parse_from_bytes(&request.payload).map_err(io::Error::other)?;
-                self.secret = asked.stream_secret;
                 let answer = SetupResponse {
                     agent_version: "0.0.0-hostile".into(),
                     kernel_release: "0-hostile".into(),
@@ -308,6 +310,13 @@ impl Agent {
             _ => self.answer(stream, &husk_agent_protocol::messages::Empty::new())?,
         }
         Ok(true)
+    }
+
+    /// Dials a stream of a process.
+    fn dial_stream(&self, port: u32) -> io::Result<File> {
+        let mut stream = dial(port)?;
+        stream.write_all(&self.secret)?;
+        Ok(stream)
     }
 
     fn create(&mut self, stream: u32, request: &Request) -> io::Result<()> {
@@ -358,8 +367,8 @@ impl Agent {
             "event-nonsense" => self.event(Event::new())?,
             "event-bad-id" => self.exited("../../../etc", "", 1)?,
             "output-flood" => {
-                let mut stdout = self.stream(self.stdio.stdout_port)?;
-                let mut stderr = self.stream(self.stdio.stderr_port)?;
+                let mut stdout = self.dial_stream(self.stdio.stdout_port)?;
+                let mut stderr = self.dial_stream(self.stdio.stderr_port)?;
                 let bytes = vec![b'x'; 1 << 20];
                 for _ in 0..OUTPUT / bytes.len() {
                     stdout.write_all(&bytes)?;
@@ -367,11 +376,15 @@ impl Agent {
                 }
             }
             "noise" => {
-                let first = self.stream(self.stdio.stdout_port)?;
-                let second = self.stream(self.stdio.stdout_port);
+                // As one who does not know the secret, and then once more.
+                let mut first = dial(self.stdio.stdout_port)?;
+                // The host may have hung up by the second.
+                let _ = first.write_all(&[b'f'; 32]);
+                let _ = first.write_all(b"forged");
+                let second = dial(self.stdio.stdout_port);
                 println!("hostile agent: taken twice: {}", second.is_ok());
                 drop(first);
-                self.stream(self.stdio.stderr_port)?;
+                self.dial_stream(self.stdio.stderr_port)?;
             }
             _ => {}
         }
@@ -379,7 +392,7 @@ impl Agent {
             // A process without output.
             for port in [self.stdio.stdout_port, self.stdio.stderr_port] {
                 if port != 0 {
-                    dial(port)?;
+                    self.dial_stream(port)?;
                 }
             }
         }
@@ -388,13 +401,6 @@ impl Agent {
             self.exited(&container, "", 8)?;
         }
         Ok(())
-    }
-
-    /// Dials a stream as an agent does.
-    fn stream(&self, port: u32) -> io::Result<File> {
-        let mut stream = dial(port)?;
-        stream.write_all(&self.secret)?;
-        Ok(stream)
     }
 
     fn lie(&mut self, stream: u32, method: &str) -> io::Result<()> {
