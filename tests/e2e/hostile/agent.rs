@@ -50,6 +50,7 @@ fn ends_with(config: &Config, word: &str, codes: &[i32], said: &[&str]) -> Finis
         "{word}: {} bytes of error",
         done.err().len()
     );
+    done
 }
 
 #[test]
