@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::io::Read;
-use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Instant;
@@ -52,7 +51,7 @@ pub fn measure(rounds: usize) -> Vec<Figure> {
     };
     let mut figures = vec![
         figure("husk: fork of the VMM to the agent's hello".into(), hello),
-        figure("husk: the same, started by a script".into(), locked),
+        figure("husk: the same, of a build that can be free".into(), locked),
         figure("husk: the same, not locked in".into(), free),
     ];
     for (which, (name, _)) in RUNTIMES.iter().enumerate() {
@@ -70,7 +69,7 @@ pub fn measure(rounds: usize) -> Vec<Figure> {
     figures
 }
 
-/// Configurations by which VMM and file server are started by scripts, for once locked in and for once not.
+/// Configurations with builds of VMM and file server whose lock-down can be left out, and once is.
 struct Lockdown {
     dir: PathBuf,
     locked: String,
@@ -82,16 +81,14 @@ impl Lockdown {
         let dir = PathBuf::from("/run/husk-bench");
         fs::create_dir_all(&dir).unwrap();
         let config = |name: &str, option: &str| {
-            let script = |program: &str| {
+            let copy = |program: &str| {
                 let path = dir.join(format!("{name}-{program}"));
                 let build = std::env::current_exe().unwrap();
-                let build = build.with_file_name(format!("{program}-bench"));
-                let text = format!("#!/bin/sh\nexec {} {option} \"$@\"\n", build.display());
-                fs::write(&path, text).unwrap();
-                fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+                fs::copy(build.with_file_name(format!("{program}-bench")), &path).unwrap();
+                fs::write(dir.join(format!("{name}-{program}.captured")), option).unwrap();
                 path
             };
-            let (vmm, fsd) = (script("husk-vmm"), script("husk-fsd"));
+            let (vmm, fsd) = (copy("husk-vmm"), copy("husk-fsd"));
             let path = dir.join(format!("{name}.toml"));
             let text = format!(
                 "[programs]\nvmm = \"{}\"\nfsd = \"{}\"\n",

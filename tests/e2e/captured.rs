@@ -4,14 +4,13 @@
 use std::fs;
 use std::net::TcpListener;
 use std::os::linux::net::SocketAddrExt;
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{SocketAddr, UnixListener};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use crate::census::Census;
-use crate::command::{ok, run};
+use crate::command::{eventually, ok, run};
 use crate::containerd::ctr_run_script;
 use crate::host::ContainerdLog;
 use crate::operator::{Config, DEFAULT};
@@ -51,6 +50,11 @@ impl Ground {
             .stdin(Stdio::null())
             .spawn()
             .unwrap();
+        // Its memory is laid out after its first instruction is due.
+        eventually("the victim to run", || {
+            let command = fs::read(format!("/proc/{}/cmdline", victim.id())).ok()?;
+            command.starts_with(b"sleep\0").then_some(())
+        });
         Self {
             dir,
             victim,
@@ -63,16 +67,12 @@ impl Ground {
         format!("{},{},{}", self.dir.display(), self.victim.id(), self.port)
     }
 
-    /// A program that starts the captured build of `program` with the ground before the arguments that it gets.
-    fn wrap(&self, program: &str) -> String {
-        let path = self.dir.join(format!("start-{program}"));
-        let build = build(program);
-        fs::write(
-            &path,
-            format!("#!/bin/sh\nexec {build} --attack {} \"$@\"\n", self.words()),
-        )
-        .unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    /// The captured build of `program`, with what it is to attack.
+    fn capture(&self, program: &str) -> String {
+        let path = self.dir.join(program);
+        fs::copy(build(program), &path).unwrap();
+        let arguments = format!("--attack {}", self.words());
+        fs::write(self.dir.join(format!("{program}.captured")), arguments).unwrap();
         path.to_str().unwrap().to_owned()
     }
 }
@@ -151,8 +151,8 @@ fn listen_for_packets(path: &std::path::Path) -> std::os::fd::OwnedFd {
 fn attacks_of(program: &str, option: &str) -> Vec<String> {
     let census = Census::take();
     let ground = Ground::new();
-    let _packets = listen_for_packets(&ground.dir.join("packets"));
-    let text = format!("[programs]\n{option} = \"{}\"\n", ground.wrap(program));
+    let packets = listen_for_packets(&ground.dir.join("packets"));
+    let text = format!("[programs]\n{option} = \"{}\"\n", ground.capture(program));
     let config = Config::at(DEFAULT, &text);
     let log = ContainerdLog::from_now();
     // The program goes on as usual: a container with it works.
@@ -175,8 +175,8 @@ fn attacks_of(program: &str, option: &str) -> Vec<String> {
     }
     assert_eq!(fs::read_to_string(ground.dir.join("secret")).unwrap(), "secret\n");
     let left = fs::read_dir(&ground.dir).unwrap().count();
-    assert_eq!(left, 6, "something was made in {}", ground.dir.display());
-    drop((config, ground));
+    assert_eq!(left, 7, "something was made in {}", ground.dir.display());
+    drop((config, ground, packets));
     census.assert_unchanged();
     threads.sort();
     threads

@@ -2,8 +2,8 @@
 //! tries all [`attacks`], and the log says which of them succeeded. Forbidden system calls do not end such a program, as
 //! they would not end one whose handler of SIGSYS was replaced.
 //!
-//! With `--attack GROUND` as its first arguments a program is captured, and goes on as usual. With `--attack-unlocked
-//! GROUND` it is not locked in at all: it tries the attacks, each in a process of its own, and ends. What fails there
+//! The file beside such a program that has its name and `.captured` at the end holds arguments that are put before its own.
+//! With `--attack GROUND` as the first ones a program is captured, and goes on as usual. With `--attack-unlocked GROUND` it is not locked in at all: it tries the attacks, each in a process of its own, and ends. What fails there
 //! would show nothing by failing elsewhere. With `--free` it is not locked in either, and runs as usual: what the lock-down
 //! costs is the difference.
 
@@ -17,6 +17,9 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 /// What takes over the program's arguments, which are without its name: removes its own. A program that is not locked in
 /// ends here.
 pub fn take_over(arguments: &mut Vec<String>) {
+    let own = std::fs::read_link("/proc/self/exe").unwrap_or_default();
+    let more = std::fs::read_to_string(format!("{}.captured", own.display())).unwrap_or_default();
+    arguments.splice(0..0, more.split_whitespace().map(str::to_owned));
     let Some(mode) = arguments.first().cloned() else {
         return;
     };
