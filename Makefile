@@ -98,6 +98,11 @@ test-long: build e2e-programs ## what takes longer: a gigabyte of output and of 
 	HUSK_CLOCK=smp HUSK_SUITES=trixie tests/run-e2e
 	guest-image/build-kernel --check-reproducible
 
+.PHONY: fuzz
+fuzz: ## look for hostile input that breaks something; make fuzz T=600 takes as many seconds, in all
+	$(call say,fuzzing for $(or $(T),300) s in all)
+	@tests/run-fuzz $(or $(T),300) $(TARGETS)
+
 .PHONY: bench-program
 bench-program:
 	@mkdir -p $(E2E)

@@ -82,6 +82,12 @@ static LIMIT: Mutex<Limit> = Mutex::new(Limit::new());
 /// Writes one record. Line breaks and other control characters in it become spaces; a log that nobody reads any
 /// more is no reason to fail.
 pub fn write(level: Level, message: fmt::Arguments<'_>) {
+    // A fuzzer is told of a broken guest all the time.
+    #[cfg(feature = "fuzzing")]
+    if crate::worker::inline::is_on() {
+        drop(record(level, message));
+        return;
+    }
     let admitted = match LIMIT.lock() {
         Ok(mut limit) => limit.admit(Instant::now()),
         Err(_) => return,

@@ -123,9 +123,10 @@ impl Poll {
         }
     }
 
-    /// Waits until something is ready and returns (token, events) of it, at most [`BATCH`] at a time. Descriptors
-    /// that were removed while an earlier event of the same batch was handled may still be named.
-    fn wait(&self) -> io::Result<impl Iterator<Item = (u32, u32)> + use<>> {
+    /// Waits for up to `timeout` ms (-1: for ever) until something is ready and returns (token, events) of it, at most
+    /// [`BATCH`] at a time. Descriptors that were removed while an earlier event of the same batch was handled may still
+    /// be named.
+    fn wait(&self, timeout: libc::c_int) -> io::Result<impl Iterator<Item = (u32, u32)> + use<>> {
         let mut events = [libc::epoll_event { events: 0, u64: 0 }; BATCH];
         let count = loop {
             // SAFETY: `events` has room for the BATCH entries that the kernel may write.
@@ -134,7 +135,7 @@ impl Poll {
                     self.epoll.as_raw_fd(),
                     events.as_mut_ptr(),
                     BATCH as libc::c_int,
-                    -1,
+                    timeout,
                 )
             };
             match usize::try_from(n) {
@@ -176,6 +177,15 @@ impl Thread {
     /// When no thread or descriptor is to be had, or the thread cannot be limited.
     pub fn new(name: &str, device: Device) -> io::Result<Self> {
         let stop = Arc::new(EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?);
+        #[cfg(feature = "fuzzing")]
+        if inline::is_on() {
+            return Ok(Self {
+                name: name.to_owned(),
+                jobs: None,
+                stop,
+                thread: None,
+            });
+        }
         let (jobs, to_do) = channel::<Job>();
         let (tell, told) = channel();
         let own_name = name.to_owned();
@@ -210,6 +220,10 @@ impl Thread {
         &self,
         make: impl FnOnce() -> io::Result<H> + Send + 'static,
     ) -> io::Result<Worker<H>> {
+        #[cfg(feature = "fuzzing")]
+        if inline::is_on() {
+            return inline::serve(self, make);
+        }
         let (tell, told) = channel();
         let (give, given) = channel();
         let (name, stop) = (self.name.clone(), Arc::clone(&self.stop));
@@ -279,6 +293,8 @@ impl<H> Worker<H> {
     fn end(&mut self) -> Option<H> {
         // It is written once for each handler, so its counter cannot be full.
         let _ = self.stop.take()?.write(1);
+        #[cfg(feature = "fuzzing")]
+        inline::run(usize::MAX);
         self.given.recv().ok()
     }
 }
@@ -291,12 +307,105 @@ impl<H> Drop for Worker<H> {
 
 fn run<H: Handler>(handler: &mut H, poll: &Poll) -> Result<(), WorkerError> {
     loop {
-        for (token, events) in poll.wait().map_err(WorkerError::io("waiting for events"))? {
+        for (token, events) in poll.wait(-1).map_err(WorkerError::io("waiting for events"))? {
             if token == STOP {
                 return Ok(());
             }
             handler.handle(token, events, poll)?;
         }
+    }
+}
+
+/// Handlers that run on the thread that asks for it, one event after the other: what a fuzzer does is then the same
+/// each time.
+#[cfg(feature = "fuzzing")]
+pub mod inline {
+    use super::{Handler, STOP, Thread, Worker, ready};
+    use std::cell::{Cell, RefCell};
+    use std::io;
+    use std::sync::Arc;
+    use std::sync::mpsc::channel;
+
+    /// What became of a handler when it had its turn.
+    #[derive(PartialEq, Eq)]
+    enum Turn {
+        /// It had nothing to do.
+        Idle,
+        /// It did something.
+        Busy,
+        /// It has ended and was given back.
+        Over,
+    }
+
+    type Running = Box<dyn FnMut() -> Turn>;
+
+    thread_local! {
+        static ON: Cell<bool> = const { Cell::new(false) };
+        static RUNNING: RefCell<Vec<Running>> = const { RefCell::new(Vec::new()) };
+    }
+
+    /// From now on the device threads that this thread makes are none: their handlers run in [`run`].
+    pub fn enter() {
+        ON.set(true);
+    }
+
+    /// Whether this thread has [`enter`]ed.
+    pub fn is_on() -> bool {
+        ON.get()
+    }
+
+    pub(super) fn serve<H: Handler>(
+        thread: &Thread,
+        make: impl FnOnce() -> io::Result<H>,
+    ) -> io::Result<Worker<H>> {
+        let (handler, poll) = ready(make, &thread.stop)?;
+        let mut handler = Some(handler);
+        let (give, given) = channel();
+        let turn = move || {
+            let Some(running) = &mut handler else {
+                return Turn::Over;
+            };
+            let Ok(events) = poll.wait(0) else {
+                return Turn::Idle;
+            };
+            let mut turn = Turn::Idle;
+            for (token, events) in events {
+                turn = Turn::Busy;
+                if token == STOP || running.handle(token, events, &poll).is_err() {
+                    turn = Turn::Over;
+                    break;
+                }
+            }
+            if turn == Turn::Over {
+                // The worker may be gone.
+                let _ = handler.take().map(|handler| give.send(handler));
+            }
+            turn
+        };
+        RUNNING.with_borrow_mut(|running| running.push(Box::new(turn)));
+        Ok(Worker {
+            stop: Some(Arc::clone(&thread.stop)),
+            given,
+        })
+    }
+
+    /// Gives each handler its turn until none has anything to do, but at most `rounds` times. Whether all are idle.
+    pub fn run(rounds: usize) -> bool {
+        for _ in 0..rounds {
+            let mut running = RUNNING.take();
+            let mut busy = false;
+            running.retain_mut(|turn| {
+                let turn = turn();
+                busy |= turn != Turn::Idle;
+                turn != Turn::Over
+            });
+            // None is started by another.
+            RUNNING.set(running);
+            if !busy {
+                return true;
+            }
+        }
+        false
     }
 }
 

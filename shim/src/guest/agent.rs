@@ -20,6 +20,7 @@ use husk_agent_protocol::{
 };
 use husk_vmm_protocol::vsock::StreamOffer;
 use tokio::{
+    net::UnixStream,
     sync::watch,
     time::{Instant, timeout_at},
 };
@@ -115,6 +116,19 @@ pub async fn connect(
 ) -> io::Result<(Agent, Events)> {
     let (own, guest) = stream_pair()?;
     machine.offer(StreamOffer::Listen(AGENT_PORT), guest).await?;
+    greet(own, hostname, network, timeouts).await
+}
+
+/// Sends Setup on `own`, at whose other end the agent will be; see [`connect`].
+///
+/// # Errors
+/// When the stream is closed.
+pub async fn greet(
+    own: UnixStream,
+    hostname: &str,
+    network: wire::Network,
+    timeouts: Timeouts,
+) -> io::Result<(Agent, Events)> {
     let client = AgentClient::new(Client::new(Socket::new(Paced::new(own))));
     let mut entropy = vec![0; 64];
     getrandom(&mut entropy)?;

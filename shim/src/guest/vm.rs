@@ -453,16 +453,25 @@ impl Machine {
         let mut packet = vec![0; MAX_REPORT_LEN + 1];
         match control.recv(&mut packet).await {
             Ok(0) | Err(_) => None,
-            Ok(length) if length > MAX_REPORT_LEN => Some(Err("husk-vmm sent too long a report".into())),
-            Ok(length) => Some(
-                serde_json::from_slice(packet.get(..length).unwrap_or_default())
-                    .map_err(|error| format!("husk-vmm sent a report that makes no sense: {error}")),
-            ),
+            Ok(length) => Some(read_report(packet.get(..length).unwrap_or_default())),
         }
     }
 }
 
-fn reason_of(report: &Report) -> String {
+/// Reads a packet of a VMM, which may be a captured one.
+///
+/// # Errors
+/// For a person: why it is no report.
+pub fn read_report(packet: &[u8]) -> Result<Report, String> {
+    if packet.len() > MAX_REPORT_LEN {
+        return Err("husk-vmm sent too long a report".into());
+    }
+    serde_json::from_slice(packet)
+        .map_err(|error| format!("husk-vmm sent a report that makes no sense: {error}"))
+}
+
+/// What a report says, for a person.
+pub fn reason_of(report: &Report) -> String {
     match report {
         Report::Running => "the machine runs".into(),
         Report::Ended {

@@ -16,7 +16,7 @@ use std::sync::{Arc, mpsc};
 pub const THREADS: usize = 4;
 
 /// Bytes of headers before a reply's body.
-const REPLY_START: usize = HEADER_LEN + OUT_HEADER_LEN;
+pub const REPLY_START: usize = HEADER_LEN + OUT_HEADER_LEN;
 
 /// Why the server could not go on.
 #[derive(Debug, thiserror::Error)]
@@ -116,8 +116,9 @@ fn is_end(error: &io::Error) -> bool {
     )
 }
 
-/// Carries out one request and leaves its reply in `body`; `None` if it has none.
-fn answer(share: &Passthrough, header: RequestHeader, request: &[u8], body: &mut Body) -> Option<Answer> {
+/// Carries out one request and leaves its reply in `body`, behind [`REPLY_START`] bytes; `None` if it has none. The
+/// calling thread has [`entered`](crate::credentials::enter).
+pub fn answer(share: &Passthrough, header: RequestHeader, request: &[u8], body: &mut Body) -> Option<Answer> {
     body.reset((header.capacity as usize).saturating_sub(OUT_HEADER_LEN));
     let mut args = Args::new(request);
     let (unique, result) = match InHeader::read(&mut args) {

@@ -19,7 +19,7 @@ const DRAINED: usize = 4096;
 pub struct Tap {
     fd: OwnedFd,
     /// Not a tap but a socket that stands for one.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzzing"))]
     socket: bool,
 }
 
@@ -27,9 +27,10 @@ impl Tap {
     /// A queue of a tap that is set up as [`husk_vmm_protocol::fds::vmm::TAPS`] says.
     pub fn new(fd: OwnedFd) -> Self {
         Self {
-            #[cfg(test)]
-            socket: std::fs::File::from(fd.try_clone().unwrap())
-                .metadata()
+            #[cfg(any(test, feature = "fuzzing"))]
+            socket: fd
+                .try_clone()
+                .and_then(|fd| std::fs::File::from(fd).metadata())
                 .is_ok_and(|data| std::os::unix::fs::FileTypeExt::is_socket(&data.file_type())),
             fd,
         }
@@ -40,7 +41,7 @@ impl Tap {
     /// # Errors
     /// When the kernel does not know one, or the tap is gone.
     pub fn set_offload(&self, offload: u32) -> io::Result<()> {
-        #[cfg(test)]
+        #[cfg(any(test, feature = "fuzzing"))]
         if self.socket {
             return Ok(());
         }
