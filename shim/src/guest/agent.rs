@@ -116,20 +116,6 @@ pub async fn connect(
 ) -> io::Result<(Agent, Events)> {
     let (own, guest) = stream_pair()?;
     machine.offer(StreamOffer::Listen(AGENT_PORT), guest).await?;
-    greet(own, hostname, network, timeouts).await
-}
-
-/// Sends Setup on `own`, at whose other end the agent will be; see [`connect`].
-///
-/// # Errors
-/// When the stream is closed.
-pub async fn greet(
-    own: UnixStream,
-    hostname: &str,
-    network: wire::Network,
-    timeouts: Timeouts,
-) -> io::Result<(Agent, Events)> {
-    let client = AgentClient::new(Client::new(Socket::new(Paced::new(own))));
     let mut entropy = vec![0; 64];
     getrandom(&mut entropy)?;
     let request = wire::SetupRequest {
@@ -142,6 +128,19 @@ pub async fn greet(
         stream_secret: machine.secret().bytes().to_vec(),
         ..Default::default()
     };
+    greet(own, request, timeouts).await
+}
+
+/// Sends `request` on `own`, at whose other end the agent will be; see [`connect`].
+///
+/// # Errors
+/// When the stream is closed.
+pub async fn greet(
+    own: UnixStream,
+    request: wire::SetupRequest,
+    timeouts: Timeouts,
+) -> io::Result<(Agent, Events)> {
+    let client = AgentClient::new(Client::new(Socket::new(Paced::new(own))));
     let (sender, hello) = watch::channel(None);
     let hello_by = Instant::now() + timeouts.boot;
     let setup = {

@@ -466,8 +466,9 @@ pub fn read_report(packet: &[u8]) -> Result<Report, String> {
     if packet.len() > MAX_REPORT_LEN {
         return Err("husk-vmm sent too long a report".into());
     }
+    // What is wrong is told in the VMM's own words.
     serde_json::from_slice(packet)
-        .map_err(|error| format!("husk-vmm sent a report that makes no sense: {error}"))
+        .map_err(|error| printable(&format!("husk-vmm sent a report that makes no sense: {error}")))
 }
 
 /// What a report says, for a person.
@@ -494,5 +495,29 @@ pub fn reason_of(report: &Report) -> String {
                 printable(thread)
             )
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_terminal_finds_nothing_to_obey_in_what_a_captured_vmm_reports() {
+        let told = |report: &str| match read_report(report.as_bytes()) {
+            Ok(report) => reason_of(&report),
+            Err(nonsense) => nonsense,
+        };
+        for report in [
+            r#"{"report":"\u001b[31mfail"}"#,
+            r#"{"report":"ended","reason":"\u001b[31mfail"}"#,
+            r#"{"report":"failed","\u001b[31mfail":1}"#,
+            r#"{"report":"failed","message":"\u001b[31mfail"}"#,
+            r#"{"report":"violation","thread":"\u001b[31mfail","system_call":1}"#,
+        ] {
+            let told = told(report);
+            assert!(told.contains("?[31mfail") && !told.contains('\u{1b}'), "{told:?}");
+        }
+        assert!(told(&" ".repeat(MAX_REPORT_LEN + 1)).contains("too long"));
     }
 }

@@ -40,7 +40,7 @@ async fn converse(input: &mut Input<'_>) {
         call: patience,
         shutdown: patience,
     };
-    let greeted = greet(own, "host", wire::Network::default(), timeouts).await;
+    let greeted = greet(own, wire::SetupRequest::default(), timeouts).await;
     let (agent, events) = greeted.expect("the stream is open");
     let mut calls = vec![];
     for _ in 0..input.below(MAX_CALLS) {
