@@ -276,3 +276,51 @@ fn a_container_does_not_get_the_streams_of_another() {
     container.remove();
     census.assert_unchanged();
 }
+
+/// Whoever has CAP_SYS_PTRACE can take a process over as soon as it is in sight, before its exec.
+#[test]
+fn an_exec_is_out_of_the_agents_namespaces_before_the_container_sees_it() {
+    const WATCH: &str = "import os\n\
+        seen, roots = set(), set()\n\
+        while not os.path.exists('/tmp/stop'):\n \
+        for pid in filter(str.isdigit, os.listdir('/proc')):\n  \
+        try:\n   \
+        seen.add(os.readlink(f'/proc/{pid}/ns/mnt'))\n   \
+        roots.add(os.path.exists(f'/proc/{pid}/root/run/husk'))\n  \
+        except OSError: pass\n\
+        print(len(seen), roots, flush=True)";
+    let census = Census::take();
+    let argv = [
+        "ctr",
+        "run",
+        "-d",
+        "--runtime",
+        RUNTIME,
+        "--cap-add",
+        "CAP_SYS_PTRACE",
+        DEBIAN,
+        "walls-exec",
+        "sleep",
+        "1000",
+    ];
+    run(&argv).expect_code(0);
+    let container = Detached {
+        id: "walls-exec".into(),
+    };
+    let start = "python3 -c \"$0\" >/tmp/seen 2>&1 & sleep 1";
+    container
+        .exec("watch", &["sh", "-c", start, WATCH])
+        .expect_code(0);
+    for number in 0..10 {
+        container.exec(&format!("e{number}"), &["true"]).expect_code(0);
+    }
+    let stop = "touch /tmp/stop; while ! grep -q } /tmp/seen; do sleep 0.1; done; cat /tmp/seen";
+    let done = container.exec("stop", &["sh", "-c", stop]).expect_code(0);
+    assert_eq!(
+        done.out(),
+        "1 {False}\n",
+        "mount namespaces, and whether one has the agent's files"
+    );
+    container.remove();
+    census.assert_unchanged();
+}

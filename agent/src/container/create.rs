@@ -221,8 +221,22 @@ fn existing(path: &CStr) -> io::Result<Option<OwnedFd>> {
     }
 }
 
-/// What a process that joins a running container does between fork and exec. It is in the container's pid
-/// namespace and cgroup already; `init` is a pidfd of the container's init process, `namespaces` what the container has.
+/// What the process in between does for one that joins a running container: it enters the container's namespaces but
+/// for that of users, and has its children in that of pids. The container does not see it. It sees its child, and may
+/// have the right to trace it (`CAP_SYS_PTRACE`), so the child must not be in the agent's namespaces any more, where the
+/// agent itself could be traced. `init` is a pidfd of the container's init process, `namespaces` what the container has.
+pub fn approach(
+    plan: &crate::process::plan::ProcessPlan,
+    init: &OwnedFd,
+    namespaces: &Namespaces,
+) -> Result<(), Fault> {
+    enter::prepare(plan)?;
+    let kinds = namespaces.enter_flags() & !libc::CLONE_NEWUSER | libc::CLONE_NEWPID;
+    sys::enter_namespaces(init.as_fd(), kinds).map_err(|error| Fault::system("join the container", error))
+}
+
+/// What a process that joins a running container does between fork and exec. It is in the container's namespaces, but
+/// for that of users, and in its cgroup already; see [`approach`].
 pub fn join(
     plan: &crate::process::plan::ProcessPlan,
     init: &OwnedFd,
@@ -230,10 +244,9 @@ pub fn join(
     stdio: &ProcessEnd,
     reporter: &Reporter,
 ) -> Result<Infallible, Fault> {
-    enter::prepare(plan)?;
-    sys::enter_namespaces(init.as_fd(), namespaces.enter_flags())
-        .map_err(|error| Fault::system("join the container", error))?;
     if namespaces.user.is_separate() {
+        sys::enter_namespaces(init.as_fd(), libc::CLONE_NEWUSER)
+            .map_err(|error| Fault::system("join the container", error))?;
         user::become_root()?;
     }
     let terminal = enter::connect(plan, stdio)?;

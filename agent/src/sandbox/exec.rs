@@ -1,9 +1,6 @@
 //! Starting a further process in a container.
 
-use std::{
-    os::fd::{AsFd, AsRawFd, OwnedFd},
-    sync::Arc,
-};
+use std::{os::fd::AsRawFd, sync::Arc};
 
 use husk_agent_protocol::messages;
 use oci_spec::runtime::Process as ProcessSpec;
@@ -107,34 +104,23 @@ impl Sandbox {
         let mut keep = descriptors(&process_end);
         keep.push(init.as_raw_fd());
 
-        let enter = |pidfd: &OwnedFd| sys::enter_namespaces(pidfd.as_fd(), libc::CLONE_NEWPID);
-        enter(init).map_err(|error| Error::System {
-            what: "join the container's pid namespace",
-            error,
-        })?;
         let fork = || {
-            launch::fork(
+            launch::fork_through(
+                || create::approach(plan, init, namespaces),
                 0,
                 container.cgroup.directory(),
                 &keep,
                 plan.shared.oom_score_adj,
-                |reporter| match create::join(plan, init, namespaces, &process_end, reporter) {
+                |reporter, ()| match create::join(plan, init, namespaces, &process_end, reporter) {
                     Err(fault) => fault,
                     Ok(never) => match never {},
                 },
             )
         };
-        let forked = match &plan.shared.exec_affinity {
+        let (pid, channel) = match &plan.shared.exec_affinity {
             Some(affinity) => affinity.start(fork),
             None => fork(),
-        };
-        if let Err(error) = enter(&self.own_pidfd) {
-            // Further children would be made in the container. Nothing can be trusted any more.
-            crate::init::die(format_args!(
-                "cannot return to the agent's pid namespace: {error}"
-            ));
-        }
-        let (pid, channel) = forked?;
+        }?;
         let process = Process::new(pid);
         let ended = process.ended.subscribe();
         container.execs.insert(exec.to_owned(), process);

@@ -15,7 +15,7 @@ mod volumes;
 
 use std::{
     io,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::AsFd,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -72,8 +72,6 @@ pub struct Sandbox {
     state: Mutex<State>,
     events: Events,
     is_set_up: watch::Sender<bool>,
-    /// This process, to come back to its own pid namespace.
-    own_pidfd: OwnedFd,
 }
 
 impl Sandbox {
@@ -89,7 +87,6 @@ impl Sandbox {
             state: Mutex::default(),
             events: Events::default(),
             is_set_up: watch::Sender::new(false),
-            own_pidfd: sys::pidfd_open(nix::unistd::getpid().as_raw())?,
         }))
     }
 
