@@ -53,6 +53,8 @@ pub enum Character {
     Silent,
     /// Answers everything but DeleteContainer.
     Clinging,
+    /// Answers everything but SignalProcess.
+    Deaf,
     /// Does not pause, and sends more statistics than it may.
     Stubborn,
 }
@@ -482,6 +484,9 @@ impl service::Agent for FakeAgent {
         request: wire::SignalProcessRequest,
     ) -> ttrpc::Result<wire::Empty> {
         self.called("SignalProcess", &request.container_id);
+        if self.player.character == Character::Deaf {
+            std::future::pending::<()>().await;
+        }
         let code = format!("exit{}", 128 + request.signal);
         self.run(
             &request.container_id,

@@ -13,9 +13,21 @@ use tokio::{
 };
 
 use super::{
-    EngineError, Event, Exit, ProcessInfo, ProcessStatus, SandboxConfig, StartError, Stdio, cgroups::Cgroups,
-    error::last_words, hooks::Lives, localhost::Localhost, lock, network::Network, places::Places,
-    record::Record, spec, standins::StandIns, start, streams::Streams, table::Table, undo::Undo,
+    EngineError, Event, Exit, ProcessInfo, ProcessStatus, SandboxConfig, StartError, Stdio,
+    cgroups::Cgroups,
+    error::last_words,
+    hooks::Lives,
+    localhost::Localhost,
+    lock,
+    network::Network,
+    places::Places,
+    record::Record,
+    spec,
+    standins::{OBEY, StandIns},
+    start,
+    streams::Streams,
+    table::Table,
+    undo::Undo,
     volumes::Volumes,
 };
 use crate::{
@@ -278,10 +290,43 @@ impl Sandbox {
         all: bool,
     ) -> Result<(), EngineError> {
         self.table().check_signal(container, exec)?;
+        let kills = exec.is_none() && signal == libc::SIGKILL.unsigned_abs();
         match self.parts.agent.signal(container, exec, signal, all).await {
-            Ok(()) => Ok(()),
+            Ok(()) => {
+                if kills {
+                    self.insist(container);
+                }
+                Ok(())
+            }
+            // A guest must not be able to keep its container from being killed.
+            Err(EngineError::Deadline { .. }) if kills => {
+                tracing::error!(
+                    container,
+                    "the guest does not answer when it is to kill: the machine is killed"
+                );
+                self.parts.machine.kill();
+                Ok(())
+            }
             Err(error) => Err(self.explain(error).await),
         }
+    }
+
+    /// Ends the machine if the guest does not end a container that it says it has killed.
+    fn insist(&self, container: &str) {
+        let Ok(mut exit) = self.table().watch(container, None) else {
+            return;
+        };
+        let machine = Arc::clone(&self.parts.machine);
+        let container = container.to_owned();
+        tokio::spawn(async move {
+            if timeout(OBEY, exit.wait_for(Option::is_some)).await.is_err() {
+                tracing::error!(
+                    container,
+                    "the guest does not end it, though it was killed: the machine is killed"
+                );
+                machine.kill();
+            }
+        });
     }
 
     /// Sets the size of a process's terminal; nothing is done when it has none.

@@ -483,6 +483,30 @@ async fn a_guest_that_clings_to_a_container_loses_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_does_not_answer_when_it_is_to_kill_is_killed() {
+    let stage = Stage::new(Character::Deaf);
+    let mut config = stage.config("s");
+    let mut operator = crate::config::Config::default();
+    operator.timeouts.call = Duration::from_millis(300);
+    config.operator = Arc::new(operator);
+    let (sender, mut events) = unbounded_channel();
+    let held = stage.player.hold();
+    let sandbox = start(config, sender, stage.places.clone()).await.unwrap();
+    drop(held);
+    soon(sandbox.create(stage.request("c", "sleep", Stdio::default())))
+        .await
+        .unwrap();
+    soon(sandbox.start_container("c")).await.unwrap();
+    let error = soon(sandbox.signal("c", None, 15, false)).await.unwrap_err();
+    assert!(matches!(error, EngineError::Deadline { .. }), "{error}");
+    soon(sandbox.signal("c", None, 9, true)).await.unwrap();
+    assert_eq!(soon(sandbox.wait("c", None)).await.unwrap().status, 137);
+    story(&mut events).await;
+    soon(sandbox.shutdown()).await;
+    stage.assert_nothing_is_left();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_guest_that_is_silent_is_ended() {
     let stage = Stage::new(Character::Silent);
     let (sandbox, mut events) = stage.start().await;

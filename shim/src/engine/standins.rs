@@ -28,8 +28,8 @@ use crate::{
     },
 };
 
-/// How long a guest may take to end a container that was killed on the host, before the machine is ended.
-const OBEY: Duration = Duration::from_secs(30);
+/// How long a guest may take to end a container that was killed, before the machine is ended.
+pub(super) const OBEY: Duration = Duration::from_secs(30);
 
 /// How long a killed stand-in may take to be gone.
 const GONE: Duration = Duration::from_secs(3);
