@@ -84,7 +84,7 @@ fn an_agent_that_is_silent_is_waited_for_no_longer_than_configured() {
 #[test]
 fn frames_that_are_none_end_the_start_and_frames_of_nobody_do_not() {
     let census = Census::take();
-    fails("hang-up", &["hung up"]);
+    fails("hang-up", &["failed at Setup"]);
     ends_with(&hostile("garbage", 20, 30), "garbage", &[125], &[]);
     ends_with(&hostile("huge-frame", 20, 30), "huge-frame", &[125], &[]);
     let done = ends_with(&hostile("noise", LONG, 30), "noise", &[7], &[]);
