@@ -160,7 +160,7 @@ fn victims_memory(g: &Ground, call: libc::c_long) -> bool {
             count,
             &raw const there,
             count,
-            0,
+            0usize,
         ) >= 0
     }
 }
