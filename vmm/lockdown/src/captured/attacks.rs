@@ -534,13 +534,13 @@ pub(super) static ATTACKS: &[Attack] = &[
     ("fork", |_| unsafe {
         match libc::syscall(libc::SYS_fork) {
             0 => libc::_exit(0),
-            pid => pid > 0,
+            pid => pid > 0 && libc::waitpid(pid as i32, null_mut(), 0) > 0,
         }
     }),
     ("clone", |_| unsafe {
         match libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) {
             0 => libc::_exit(0),
-            pid => pid > 0,
+            pid => pid > 0 && libc::waitpid(pid as i32, null_mut(), 0) > 0,
         }
     }),
     ("clone3", |_| unsafe {
@@ -548,7 +548,7 @@ pub(super) static ATTACKS: &[Attack] = &[
         arguments.exit_signal = libc::SIGCHLD as u64;
         match libc::syscall(libc::SYS_clone3, &raw const arguments, size_of_val(&arguments)) {
             0 => libc::_exit(0),
-            pid => pid > 0,
+            pid => pid > 0 && libc::waitpid(pid as i32, null_mut(), 0) > 0,
         }
     }),
     ("execve", |_| unsafe {
