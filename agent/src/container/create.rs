@@ -222,7 +222,7 @@ fn existing(path: &CStr) -> io::Result<Option<OwnedFd>> {
 }
 
 /// What the process in between does for one that joins a running container: it enters the container's namespaces but
-/// for that of users, and has its children in that of pids. The container does not see it. It sees its child, and may
+/// for those of users and cgroups, and has its children in that of pids. The container does not see it. It sees its child, and may
 /// have the right to trace it (`CAP_SYS_PTRACE`), so the child must not be in the agent's namespaces any more, where the
 /// agent itself could be traced. `init` is a pidfd of the container's init process, `namespaces` what the container has.
 pub fn approach(
@@ -231,12 +231,14 @@ pub fn approach(
     namespaces: &Namespaces,
 ) -> Result<(), Fault> {
     enter::prepare(plan)?;
-    let kinds = namespaces.enter_flags() & !libc::CLONE_NEWUSER | libc::CLONE_NEWPID;
+    // From a cgroup outside of the container's no child can be born into one there by who is in its namespace of cgroups.
+    let later = libc::CLONE_NEWUSER | libc::CLONE_NEWCGROUP;
+    let kinds = namespaces.enter_flags() & !later | libc::CLONE_NEWPID;
     sys::enter_namespaces(init.as_fd(), kinds).map_err(|error| Fault::system("join the container", error))
 }
 
 /// What a process that joins a running container does between fork and exec. It is in the container's namespaces, but
-/// for that of users, and in its cgroup already; see [`approach`].
+/// for those of users and cgroups, and in its cgroup already; see [`approach`].
 pub fn join(
     plan: &crate::process::plan::ProcessPlan,
     init: &OwnedFd,
@@ -244,9 +246,15 @@ pub fn join(
     stdio: &ProcessEnd,
     reporter: &Reporter,
 ) -> Result<Infallible, Fault> {
+    let join = |kind| {
+        sys::enter_namespaces(init.as_fd(), kind).map_err(|error| Fault::system("join the container", error))
+    };
+    let cgroups = namespaces.enter_flags() & libc::CLONE_NEWCGROUP;
+    if cgroups != 0 {
+        join(cgroups)?;
+    }
     if namespaces.user.is_separate() {
-        sys::enter_namespaces(init.as_fd(), libc::CLONE_NEWUSER)
-            .map_err(|error| Fault::system("join the container", error))?;
+        join(libc::CLONE_NEWUSER)?;
         user::become_root()?;
     }
     let terminal = enter::connect(plan, stdio)?;
