@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use crate::census::Census;
-use crate::command::{Finished, run};
+use crate::command::{Finished, Input, run, run_with};
 use crate::containerd::{BUSYBOX, Detached, RUNTIME};
 
 const DEBIAN: &str = "localhost/debian:13";
@@ -224,6 +224,58 @@ fn a_program_that_the_kernel_starts_has_no_rights() {
             "{set}: {out:?}"
         );
     }
+    census.assert_unchanged();
+}
+
+/// A container dials the ports that come next, while the agent dials those of an exec.
+#[test]
+fn a_container_does_not_get_the_streams_of_another() {
+    // Not without a pause: the guest's one processor is the agent's, too.
+    const THIEF: &str = "import socket, time\n\
+        while True:\n \
+        for port in list(range(0x10000, 0x10000 + 24)) + [1024]:\n  \
+        time.sleep(0.005)\n  \
+        try:\n   \
+        s = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)\n   \
+        s.settimeout(5)\n   \
+        s.connect((2, port))\n   \
+        print('taken', port, s.recv(100), flush=True)\n  \
+        except OSError: pass";
+    let census = Census::take();
+    let argv = [
+        "ctr",
+        "run",
+        "-d",
+        "--runtime",
+        RUNTIME,
+        DEBIAN,
+        "walls-thief",
+        "sleep",
+        "1000",
+    ];
+    run(&argv).expect_code(0);
+    let container = Detached {
+        id: "walls-thief".into(),
+    };
+    let start = "python3 -c \"$0\" >/tmp/taken 2>&1 & sleep 1";
+    container
+        .exec("thief", &["sh", "-c", start, THIEF])
+        .expect_code(0);
+    for exec in ["one", "two", "three"] {
+        let argv = ["ctr", "task", "exec", "--exec-id", exec, "walls-thief", "cat"];
+        let input = Input::Bytes(b"a secret\n".to_vec());
+        let done = run_with(&argv, input, crate::command::DEADLINE).expect_code(0);
+        assert_eq!(done.out(), "a secret\n");
+    }
+    let done = container.exec(
+        "look",
+        &["sh", "-c", "ls -l /proc/*/exe | grep -c python3; cat /tmp/taken"],
+    );
+    let out = done.out();
+    let (running, taken) = out.split_once('\n').unwrap();
+    assert_ne!(running.trim(), "0", "the thief runs: {out:?}");
+    assert_eq!(taken, "");
+    container.remove();
     census.assert_unchanged();
 }
 

@@ -240,20 +240,20 @@ impl Sandbox {
         container: &str,
         exec: &str,
         process_json: Vec<u8>,
-        stdio: Stdio,
+        terminal: bool,
     ) -> Result<(), EngineError> {
         check_id("exec", exec)?;
-        spec::check_exec(&process_json, stdio.terminal, &self.parts.operator.security)?;
-        self.table().add_exec(container, exec, process_json, stdio)
+        spec::check_exec(&process_json, terminal, &self.parts.operator.security)?;
+        self.table().add_exec(container, exec, process_json, terminal)
     }
 
-    /// Starts an added exec.
+    /// Starts an added exec, with streams that are as it was said of its terminal.
     ///
     /// # Errors
     /// `FailedPrecondition` when the container does not run; the failure of the command otherwise, and the exec is
     /// then stopped with the error's exit code.
-    pub async fn start_exec(&self, container: &str, exec: &str) -> Result<(), EngineError> {
-        let (json, stdio) = self.table().begin_exec(container, exec)?;
+    pub async fn start_exec(&self, container: &str, exec: &str, stdio: Stdio) -> Result<(), EngineError> {
+        let json = self.table().begin_exec(container, exec)?;
         let result = async {
             let streams = Streams::open(&self.parts.machine, stdio);
             let (streams, standin) = tokio::join!(streams, self.exec_stand_in(container, exec));

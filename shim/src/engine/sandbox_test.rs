@@ -334,12 +334,11 @@ async fn execs_come_and_go() {
         .unwrap();
     let precondition = |result| matches!(result, Err(EngineError::FailedPrecondition(_)));
     soon(sandbox.start_container("c")).await.unwrap();
-    sandbox
-        .add_exec("c", "e", PROCESS.into(), Stdio::default())
+    sandbox.add_exec("c", "e", PROCESS.into(), false).await.unwrap();
+    assert!(precondition(sandbox.signal("c", Some("e"), 15, false).await));
+    soon(sandbox.start_exec("c", "e", Stdio::default()))
         .await
         .unwrap();
-    assert!(precondition(sandbox.signal("c", Some("e"), 15, false).await));
-    soon(sandbox.start_exec("c", "e")).await.unwrap();
     let processes = soon(sandbox.processes("c")).await.unwrap();
     let exec = Some("e".to_owned());
     assert_eq!(processes[2], ProcessInfo { pid: 9, exec });
@@ -350,8 +349,10 @@ async fn execs_come_and_go() {
     sandbox.delete_exec("c", "e").await.unwrap();
 
     let nope = br#"{"args":["nope"]}"#.to_vec();
-    sandbox.add_exec("c", "f", nope, Stdio::default()).await.unwrap();
-    let error = soon(sandbox.start_exec("c", "f")).await.unwrap_err();
+    sandbox.add_exec("c", "f", nope, false).await.unwrap();
+    let error = soon(sandbox.start_exec("c", "f", Stdio::default()))
+        .await
+        .unwrap_err();
     assert_eq!(error.exit_code(), 127);
     assert_eq!(soon(sandbox.wait("c", Some("f"))).await.unwrap().status, 127);
 
@@ -395,11 +396,10 @@ async fn the_death_of_either_program_ends_all() {
             .await
             .unwrap();
         soon(sandbox.start_container("c")).await.unwrap();
-        sandbox
-            .add_exec("c", "e", PROCESS.into(), Stdio::default())
+        sandbox.add_exec("c", "e", PROCESS.into(), false).await.unwrap();
+        soon(sandbox.start_exec("c", "e", Stdio::default()))
             .await
             .unwrap();
-        soon(sandbox.start_exec("c", "e")).await.unwrap();
         let machine = &sandbox.parts.machine;
         if victim == "vmm" {
             machine.vmm().kill()
@@ -707,15 +707,14 @@ async fn a_container_is_paused_and_resumed() {
     assert!(precondition(soon(sandbox.pause("c")).await.map(drop)), "created");
     assert!(precondition(soon(sandbox.resume("c")).await), "created");
     soon(sandbox.start_container("c")).await.unwrap();
+    sandbox.add_exec("c", "e", PROCESS.into(), false).await.unwrap();
     sandbox
-        .add_exec("c", "e", PROCESS.into(), Stdio::default())
+        .add_exec("c", "unstarted", PROCESS.into(), false)
         .await
         .unwrap();
-    sandbox
-        .add_exec("c", "unstarted", PROCESS.into(), Stdio::default())
+    soon(sandbox.start_exec("c", "e", Stdio::default()))
         .await
         .unwrap();
-    soon(sandbox.start_exec("c", "e")).await.unwrap();
     assert!(precondition(soon(sandbox.resume("c")).await), "running");
 
     assert!(soon(sandbox.pause("c")).await.unwrap());
@@ -728,9 +727,11 @@ async fn a_container_is_paused_and_resumed() {
     let error = soon(sandbox.pause("c")).await.unwrap_err();
     assert_eq!(error.to_string(), "container c is paused");
     assert!(precondition(
-        sandbox.add_exec("c", "f", PROCESS.into(), Stdio::default()).await
+        sandbox.add_exec("c", "f", PROCESS.into(), false).await
     ));
-    assert!(precondition(soon(sandbox.start_exec("c", "unstarted")).await));
+    assert!(precondition(
+        soon(sandbox.start_exec("c", "unstarted", Stdio::default())).await
+    ));
     assert!(precondition(soon(sandbox.start_container("c")).await));
     let error = soon(sandbox.delete_container("c")).await.unwrap_err();
     assert_eq!(error.to_string(), "container c is paused");
@@ -739,7 +740,9 @@ async fn a_container_is_paused_and_resumed() {
 
     soon(sandbox.resume("c")).await.unwrap();
     assert_eq!(sandbox.status("c", None).unwrap(), ProcessStatus::Running);
-    soon(sandbox.start_exec("c", "unstarted")).await.unwrap();
+    soon(sandbox.start_exec("c", "unstarted", Stdio::default()))
+        .await
+        .unwrap();
     assert!(soon(sandbox.pause("c")).await.unwrap());
     // One that is paused can be killed.
     soon(sandbox.signal("c", Some("e"), 9, false)).await.unwrap();
@@ -845,10 +848,12 @@ async fn an_exec_may_come_before_the_start() {
         .await
         .unwrap();
     sandbox
-        .add_exec("c", "e", br#"{"args":["exit3"]}"#.to_vec(), Stdio::default())
+        .add_exec("c", "e", br#"{"args":["exit3"]}"#.to_vec(), false)
         .await
         .unwrap();
-    soon(sandbox.start_exec("c", "e")).await.unwrap();
+    soon(sandbox.start_exec("c", "e", Stdio::default()))
+        .await
+        .unwrap();
     assert_eq!(soon(sandbox.wait("c", Some("e"))).await.unwrap().status, 3);
     soon(sandbox.start_container("c")).await.unwrap();
     soon(sandbox.signal("c", None, 9, true)).await.unwrap();

@@ -59,11 +59,10 @@ async fn each_process_has_a_pid_that_ends_with_it() {
     let c = run(&sandbox, request(&stage, "c", "sleep", &json!({}))).await;
     let d = run(&sandbox, request(&stage, "d", "sleep", &json!({}))).await;
     let process = br#"{"args":["sleep"]}"#.to_vec();
-    sandbox
-        .add_exec("c", "e", process, Stdio::default())
+    sandbox.add_exec("c", "e", process, false).await.unwrap();
+    soon(sandbox.start_exec("c", "e", Stdio::default()))
         .await
         .unwrap();
-    soon(sandbox.start_exec("c", "e")).await.unwrap();
     let e = sandbox.host_pid("c", Some("e")).unwrap();
     assert!(c != d && c != e && d != e);
     for pid in [c, d, e] {
@@ -86,11 +85,10 @@ async fn who_kills_the_stand_in_kills_the_container() {
     let (sandbox, mut events) = stage.start().await;
     let pid = run(&sandbox, request(&stage, "c", "sleep", &json!({}))).await;
     let process = br#"{"args":["sleep"]}"#.to_vec();
-    sandbox
-        .add_exec("c", "e", process, Stdio::default())
+    sandbox.add_exec("c", "e", process, false).await.unwrap();
+    soon(sandbox.start_exec("c", "e", Stdio::default()))
         .await
         .unwrap();
-    soon(sandbox.start_exec("c", "e")).await.unwrap();
     send(sandbox.host_pid("c", Some("e")).unwrap(), libc::SIGKILL);
     assert_eq!(soon(sandbox.wait("c", Some("e"))).await.unwrap().status, 137);
     send(pid, libc::SIGKILL);

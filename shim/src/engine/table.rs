@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
 use tokio::sync::{Notify, mpsc::UnboundedSender, watch};
 
 use super::{
-    EngineError, Event, Exit, ProcessInfo, ProcessStatus, Stdio,
+    EngineError, Event, Exit, ProcessInfo, ProcessStatus,
     process::{Process, State},
     status::{ContainerStatus, seconds},
     streams::Streams,
@@ -63,7 +63,7 @@ enum Phase {
 struct Exec {
     process: Process,
     /// What it is started with.
-    plan: Option<(Vec<u8>, Stdio)>,
+    plan: Option<Vec<u8>>,
 }
 
 /// What is to be done after something happened in the guest.
@@ -351,18 +351,13 @@ impl Table {
         Ok(self.process(id, exec)?.watch())
     }
 
-    /// Ends a process's input. Of an exec that is not started: before it begins.
+    /// Ends the input of a process that was started.
     ///
     /// # Errors
     /// `NotFound`.
-    pub fn close_input(&mut self, id: &str, exec: Option<&str>) -> Result<(), EngineError> {
+    pub fn close_input(&self, id: &str, exec: Option<&str>) -> Result<(), EngineError> {
         if let Some(streams) = &self.process(id, exec)?.streams {
             streams.close_input();
-            return Ok(());
-        }
-        let plan = exec.and_then(|exec| self.containers.get_mut(id)?.execs.get_mut(exec)?.plan.as_mut());
-        if let Some((_, stdio)) = plan {
-            stdio.stdin = None;
         }
         Ok(())
     }
@@ -371,19 +366,25 @@ impl Table {
     ///
     /// # Errors
     /// `NotFound`, `AlreadyExists`; `FailedPrecondition` when the container has ended or is paused.
-    pub fn add_exec(&mut self, id: &str, exec: &str, json: Vec<u8>, stdio: Stdio) -> Result<(), EngineError> {
+    pub fn add_exec(
+        &mut self,
+        id: &str,
+        exec: &str,
+        json: Vec<u8>,
+        terminal: bool,
+    ) -> Result<(), EngineError> {
         self.check_alive()?;
         let container = self.container_mut(id)?;
         if container.execs.contains_key(exec) {
             return Err(EngineError::AlreadyExists(name(id, Some(exec))));
         }
         container.check_joinable(id)?;
-        let process = Process::new(stdio.terminal, None);
+        let process = Process::new(terminal, None);
         container.execs.insert(
             exec.to_owned(),
             Exec {
                 process,
-                plan: Some((json, stdio)),
+                plan: Some(json),
             },
         );
         Ok(())
@@ -402,7 +403,7 @@ impl Table {
     ///
     /// # Errors
     /// As [`Table::begin_start`].
-    pub fn begin_exec(&mut self, id: &str, exec: &str) -> Result<(Vec<u8>, Stdio), EngineError> {
+    pub fn begin_exec(&mut self, id: &str, exec: &str) -> Result<Vec<u8>, EngineError> {
         self.check_alive()?;
         let container = self.container_mut(id)?;
         let known = container.execs.contains_key(exec);

@@ -22,7 +22,7 @@ fn make(table: &mut Table, id: &str) {
 }
 
 fn run_exec(table: &mut Table, exec: &str) {
-    table.add_exec("c", exec, vec![], Stdio::default()).unwrap();
+    table.add_exec("c", exec, vec![], false).unwrap();
     table.set_host_pid("c", Some(exec), 43);
     table.begin_exec("c", exec).unwrap();
     table.finish_start("c", Some(exec), Ok(Some(2)));
@@ -62,7 +62,7 @@ fn the_init_process_ends_last() {
     assert_eq!(table.guest_event(exited(None, 0), now()), After::Held("c".into()));
     assert_eq!(ends(&mut events), []);
     assert_eq!(table.status("c", None).unwrap(), ProcessStatus::Running);
-    assert!(table.add_exec("c", "late", vec![], Stdio::default()).is_err());
+    assert!(table.add_exec("c", "late", vec![], false).is_err());
     assert_eq!(table.guest_event(exited(Some("e"), 137), now()), After::Nothing);
     assert_eq!(ends(&mut events), [end("e", 137), end("", 0)]);
 }
@@ -101,7 +101,7 @@ fn execs_whose_end_is_not_told_are_ended() {
 #[test]
 fn an_exec_that_does_not_start_holds_the_end_back_no_longer() {
     let (mut table, mut events) = running();
-    table.add_exec("c", "late", vec![], Stdio::default()).unwrap();
+    table.add_exec("c", "late", vec![], false).unwrap();
     table.begin_exec("c", "late").unwrap();
     assert_eq!(
         table.guest_event(exited(None, 137), now()),
@@ -138,9 +138,7 @@ fn out_of_memory_is_told_before_the_end_it_caused() {
 fn with_the_machine_all_end_once_and_in_order() {
     let (mut table, mut events) = running();
     run_exec(&mut table, "e");
-    table
-        .add_exec("c", "unstarted", vec![], Stdio::default())
-        .unwrap();
+    table.add_exec("c", "unstarted", vec![], false).unwrap();
     let unstarted = table.watch("c", Some("unstarted")).unwrap();
     table.guest_event(exited(None, 5), now());
     table.machine_ended("gone", now());
@@ -180,9 +178,9 @@ fn states_allow_what_they_should() {
     ));
     assert!(precondition(table.begin_start("c")));
     assert!(precondition(table.begin_delete("c").map(drop)));
-    table.add_exec("c", "e", vec![], Stdio::default()).unwrap();
+    table.add_exec("c", "e", vec![], false).unwrap();
     assert!(matches!(
-        table.add_exec("c", "e", vec![], Stdio::default()),
+        table.add_exec("c", "e", vec![], false),
         Err(EngineError::AlreadyExists(_))
     ));
     assert!(precondition(table.check_signal("c", Some("e"))));
@@ -203,7 +201,7 @@ fn states_allow_what_they_should() {
     assert!(not_found(table.delete_exec("c", "e").map(drop)));
     table.guest_event(exited(None, 0), now());
     assert!(not_found(table.check_signal("c", None)));
-    assert!(precondition(table.add_exec("c", "e", vec![], Stdio::default())));
+    assert!(precondition(table.add_exec("c", "e", vec![], false)));
     table.begin_delete("c").unwrap();
     assert!(not_found(table.begin_delete("c").map(drop)));
     table.finish_delete("c");
@@ -321,7 +319,7 @@ proptest! {
         for step in steps.into_iter().chain([Step::FinishExecs(false), Step::Release]) {
             match step {
                 Step::Guest(event) => { table.guest_event(event, now()); }
-                Step::AddExec(exec) => { let _ = table.add_exec("c", &exec, vec![], Stdio::default()); }
+                Step::AddExec(exec) => { let _ = table.add_exec("c", &exec, vec![], false); }
                 Step::BeginExec(exec) => if table.begin_exec("c", &exec).is_ok() {
                     starting.push(exec);
                 },

@@ -148,7 +148,7 @@ impl Pod {
     }
 
     /// Opens the streams of a container or exec.
-    async fn open(&self, names: &Names, id: &str) -> ttrpc::Result<(Stdio, Held)> {
+    pub(super) async fn open(&self, names: &Names, id: &str) -> ttrpc::Result<(Stdio, Held)> {
         let whose = Whose {
             namespace: &self.namespace,
             id,
@@ -260,17 +260,19 @@ impl Pod {
             sandbox
         };
         let spec = with_terminal(spec, names.terminal)?;
-        let (stdio, held) = self.open(&names, exec).await?;
+        // Its streams are opened when it is started: as soon as they are, clients may find that their input is at its end,
+        // and they tell of that only once this call has been answered.
         sandbox
-            .add_exec(id, exec, spec, stdio)
+            .add_exec(id, exec, spec, names.terminal)
             .await
             .map_err(|error| status::engine(&error))?;
         let mut state = self.lock();
         if let Some(task) = state.tasks.get_mut(id) {
             let added = Exec {
                 names,
-                logger: held.logger(),
-                held,
+                logger: None,
+                held: Held::default(),
+                input_ended: false,
                 pid: None,
             };
             task.execs.insert(exec.to_owned(), added);

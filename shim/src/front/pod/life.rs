@@ -9,7 +9,7 @@ use ttrpc::Code;
 
 use super::{ANNOUNCE_TIMEOUT, Pod, name};
 use crate::{
-    engine::{EngineError, Exit, ProcessStatus},
+    engine::{EngineError, Exit, ProcessStatus, Stdio},
     front::{
         publish::timestamp,
         status::{self, answer},
@@ -40,7 +40,18 @@ impl Pod {
         };
         let started = match exec {
             None => sandbox.start_container(id).await,
-            Some(exec) => sandbox.start_exec(id, exec).await,
+            Some(exec) => {
+                let stdio = match self.open_exec(id, exec).await {
+                    Ok(stdio) => stdio,
+                    Err(error) => {
+                        let mut state = self.lock();
+                        let announcements = state.order.start_refused(id, Some(exec));
+                        self.announce(&mut state, announcements);
+                        return Err(error);
+                    }
+                };
+                sandbox.start_exec(id, exec, stdio).await
+            }
         };
         let mut state = self.lock();
         if let (Ok(()), Some(name)) = (&started, exec) {
@@ -67,6 +78,25 @@ impl Pod {
         self.announce(&mut state, announcements);
         let pid = state.pid(id, exec);
         started.map(|()| pid).map_err(|error| status::engine(&error))
+    }
+
+    /// Opens the streams of an exec that is about to start.
+    async fn open_exec(&self, id: &str, exec: &str) -> ttrpc::Result<Stdio> {
+        let names = {
+            let state = self.lock();
+            let added = state.tasks.get(id).and_then(|task| task.execs.get(exec));
+            added.map(|added| added.names.clone()).unwrap_or_default()
+        };
+        let (stdio, mut held) = self.open(&names, exec).await?;
+        let mut state = self.lock();
+        if let Some(added) = state.tasks.get_mut(id).and_then(|task| task.execs.get_mut(exec)) {
+            added.logger = held.logger();
+            if added.input_ended {
+                held.close_stdin();
+            }
+            added.held = held;
+        }
+        Ok(stdio)
     }
 
     /// Deletes a container that does not run, or an exec that does not. Returns its pid and how it ended.

@@ -106,6 +106,8 @@ struct Exec {
     names: Names,
     held: Held,
     logger: Option<Child>,
+    /// Its clients were done with its input before it was started.
+    input_ended: bool,
     /// Once it was started.
     pid: Option<u32>,
 }
@@ -219,6 +221,10 @@ impl Pod {
         state.find(id, exec)?;
         if let Some(held) = state.held(id, exec).filter(|_| stdin) {
             held.close_stdin();
+        }
+        let added = exec.and_then(|exec| state.tasks.get_mut(id)?.execs.get_mut(exec));
+        if let Some(added) = added.filter(|_| stdin) {
+            added.input_ended = true;
         }
         Ok(())
     }
