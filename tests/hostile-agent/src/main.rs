@@ -95,12 +95,11 @@ struct Agent {
 }
 
 fn run(word: &str) -> io::Result<()> {
-    match word {
+    let wire = match word {
         "exit-at-once" => return Ok(()),
-        "noise" => connections(),
-        _ => {}
-    }
-    let wire = dial(AGENT_PORT)?;
+        "noise" => connections()?,
+        _ => dial(AGENT_PORT)?,
+    };
     let mut agent = Agent {
         wire,
         word: word.to_owned(),
@@ -146,20 +145,19 @@ fn drop_and_wait(agent: Agent) -> io::Result<()> {
     forever()
 }
 
-/// Connections to ports that nobody offered, some of them open at once, and more than one in place of the agent's.
-fn connections() {
-    let mut open = Vec::new();
-    for port in (0..200)
+/// Connections to ports that nobody offered, and more than one to the agent's: the first of these is the agent's.
+fn connections() -> io::Result<File> {
+    let refused = |port: u32| match dial(port) {
+        Ok(_) => Err(io::Error::other(format!("connected to port {port}"))),
+        Err(_) => Ok(()),
+    };
+    (0..200)
         .chain(0x1_0000..0x1_0040)
-        .chain([AGENT_PORT; 20])
         .chain([u32::MAX - 1])
-    {
-        if let Ok(file) = dial(port) {
-            println!("hostile agent: connected to port {port}");
-            open.push(file);
-        }
-    }
-    println!("hostile agent: {} connections", open.len());
+        .try_for_each(refused)?;
+    let wire = dial(AGENT_PORT)?;
+    [AGENT_PORT; 20].into_iter().try_for_each(refused)?;
+    Ok(wire)
 }
 
 impl Agent {
