@@ -48,7 +48,20 @@ impl Detached {
 
     #[track_caller]
     pub fn start_within(deadline: Duration, id: &str, command: &[&str]) -> Self {
-        let mut argv = vec!["ctr", "run", "-d", "--runtime", RUNTIME, BUSYBOX, id];
+        Self::start_of(deadline, &[], BUSYBOX, id, command)
+    }
+
+    /// Of an image, with more options of `ctr run`.
+    #[track_caller]
+    pub fn start_with(options: &[&str], image: &str, id: &str, command: &[&str]) -> Self {
+        Self::start_of(DEADLINE, options, image, id, command)
+    }
+
+    #[track_caller]
+    fn start_of(deadline: Duration, options: &[&str], image: &str, id: &str, command: &[&str]) -> Self {
+        let mut argv = vec!["ctr", "run", "-d", "--runtime", RUNTIME];
+        argv.extend(options);
+        argv.extend([image, id]);
         argv.extend(command);
         let this = Self { id: id.to_owned() };
         run_with(&argv, Input::Nothing, deadline).expect_code(0);

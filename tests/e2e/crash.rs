@@ -7,7 +7,7 @@ use nix::unistd::Pid;
 
 use crate::census::Census;
 use crate::command::{Input, Running, run};
-use crate::containerd::{BUSYBOX, RUNTIME};
+use crate::containerd::{BUSYBOX, Detached, RUNTIME};
 use crate::host;
 
 /// Kills the process of that name while a container runs and expects the task to end with 137.
@@ -39,18 +39,7 @@ fn kill_while_running(victim: &str, id: &str) {
 fn the_shim_is_killed() {
     let census = Census::take();
     let mut events = Running::start(&["ctr", "events"], Input::Nothing);
-    let argv = [
-        "ctr",
-        "run",
-        "-d",
-        "--runtime",
-        RUNTIME,
-        BUSYBOX,
-        "kill-shim",
-        "sleep",
-        "1000",
-    ];
-    run(&argv).expect_code(0);
+    let container = Detached::start("kill-shim", &["sleep", "1000"]);
     events.wait_for("/tasks/start");
     kill(
         Pid::from_raw(host::pid_of("containerd-shim-husk-v2")),
@@ -60,8 +49,9 @@ fn the_shim_is_killed() {
     events.wait_for("/tasks/exit");
     events.wait_for("\"exit_status\":137");
     drop(events);
-    run(&["ctr", "task", "rm", "-f", "kill-shim"]);
-    run(&["ctr", "container", "rm", "kill-shim"]).expect_code(0);
+    run(&["ctr", "task", "rm", "-f", &container.id]);
+    run(&["ctr", "container", "rm", &container.id]).expect_code(0);
+    std::mem::forget(container);
     census.assert_unchanged();
 }
 

@@ -242,21 +242,7 @@ fn a_container_does_not_get_the_streams_of_another() {
         print('taken', port, s.recv(100), flush=True)\n  \
         except OSError: pass";
     let census = Census::take();
-    let argv = [
-        "ctr",
-        "run",
-        "-d",
-        "--runtime",
-        RUNTIME,
-        DEBIAN,
-        "walls-thief",
-        "sleep",
-        "1000",
-    ];
-    run(&argv).expect_code(0);
-    let container = Detached {
-        id: "walls-thief".into(),
-    };
+    let container = Detached::start_with(&[], DEBIAN, "walls-thief", &["sleep", "1000"]);
     let start = "python3 -c \"$0\" >/tmp/taken 2>&1 & sleep 1";
     container
         .exec("thief", &["sh", "-c", start, THIEF])
@@ -292,23 +278,12 @@ fn an_exec_is_out_of_the_agents_namespaces_before_the_container_sees_it() {
         except OSError: pass\n\
         print(len(seen), roots, flush=True)";
     let census = Census::take();
-    let argv = [
-        "ctr",
-        "run",
-        "-d",
-        "--runtime",
-        RUNTIME,
-        "--cap-add",
-        "CAP_SYS_PTRACE",
+    let container = Detached::start_with(
+        &["--cap-add", "CAP_SYS_PTRACE"],
         DEBIAN,
         "walls-exec",
-        "sleep",
-        "1000",
-    ];
-    run(&argv).expect_code(0);
-    let container = Detached {
-        id: "walls-exec".into(),
-    };
+        &["sleep", "1000"],
+    );
     let start = "python3 -c \"$0\" >/tmp/seen 2>&1 & sleep 1";
     container
         .exec("watch", &["sh", "-c", start, WATCH])

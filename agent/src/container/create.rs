@@ -222,16 +222,18 @@ fn existing(path: &CStr) -> io::Result<Option<OwnedFd>> {
 }
 
 /// What the process in between does for one that joins a running container: it enters the container's namespaces but
-/// for those of users and cgroups, and has its children in that of pids. The container does not see it. It sees its child, and may
-/// have the right to trace it (`CAP_SYS_PTRACE`), so the child must not be in the agent's namespaces any more, where the
-/// agent itself could be traced. `init` is a pidfd of the container's init process, `namespaces` what the container has.
+/// for those of users and cgroups, and has its children in that of pids. The container does not see it. It sees its
+/// child, and may have the right to trace it (`CAP_SYS_PTRACE`), so the child must not be in the agent's namespaces any
+/// more, where the agent itself could be traced. `init` is a pidfd of the container's init process, `namespaces` what
+/// the container has.
 pub fn approach(
     plan: &crate::process::plan::ProcessPlan,
     init: &OwnedFd,
     namespaces: &Namespaces,
 ) -> Result<(), Fault> {
     enter::prepare(plan)?;
-    // From a cgroup outside of the container's no child can be born into one there by who is in its namespace of cgroups.
+    // Who is in the container's namespace of cgroups, but in a cgroup outside of it, can have no child be born into one
+    // inside (nsdelegate).
     let later = libc::CLONE_NEWUSER | libc::CLONE_NEWCGROUP;
     let kinds = namespaces.enter_flags() & !later | libc::CLONE_NEWPID;
     sys::enter_namespaces(init.as_fd(), kinds).map_err(|error| Fault::system("join the container", error))

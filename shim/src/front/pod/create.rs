@@ -260,8 +260,8 @@ impl Pod {
             sandbox
         };
         let spec = with_terminal(spec, names.terminal)?;
-        // Its streams are opened when it is started: as soon as they are, clients may find that their input is at its end,
-        // and they tell of that only once this call has been answered.
+        // Its streams are opened when it is started: as soon as they are, clients may find that their input is at its
+        // end, and they tell of that only once this call has been answered.
         sandbox
             .add_exec(id, exec, spec, names.terminal)
             .await
