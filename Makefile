@@ -93,8 +93,8 @@ e2e: build e2e-programs ## the end-to-end suites, under containerd 1.7 and 2.1, 
 	@tests/run-e2e $(TESTS)
 
 .PHONY: test-long
-test-long: build e2e-programs ## what takes longer: a gigabyte of output and of traffic each way, 200 containers, both Dockers; all on two processors; the kernel built twice
-	HUSK_TEST_FLOOD_MB=1024 HUSK_TEST_SOAK=200 HUSK_TEST_DOCKER=forky tests/run-e2e soak:: streams::a_flood network::load docker::
+test-long: build e2e-programs ## what takes longer: a gigabyte of output and of traffic each way, 200,000 files, 200 containers, both Dockers; all on two processors; the kernel built twice
+	HUSK_TEST_FLOOD_MB=1024 HUSK_TEST_FILES=200000 HUSK_TEST_SOAK=200 HUSK_TEST_DOCKER=forky tests/run-e2e soak:: streams::a_flood volumes::more_files network::load docker::
 	HUSK_CLOCK=smp HUSK_SUITES=trixie tests/run-e2e
 	guest-image/build-kernel --check-reproducible
 

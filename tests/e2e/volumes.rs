@@ -11,6 +11,7 @@ use serde_json::json;
 use crate::bundle::Bundle;
 use crate::case::Runtime;
 use crate::command::{Input, Running, eventually};
+use crate::{foreground, host};
 
 /// Runs `script` in the foreground with the host's `volume` at /data (and read-only at /config), for `test`.
 fn each(
@@ -314,4 +315,45 @@ fn much_data() {
             assert_eq!(fs::read_to_string(volume.join("many/499")).unwrap(), "499\n");
         },
     );
+}
+
+/// The guest knows them all at once; on the host that costs no descriptor each.
+#[test]
+fn more_files_than_the_file_server_keeps_descriptors_of() {
+    const DIRECTORIES: usize = 100;
+    let files = std::env::var("HUSK_TEST_FILES").map_or(20_000, |n| n.parse::<usize>().unwrap());
+    let volume = tempfile::tempdir().unwrap();
+    for directory in 0..DIRECTORIES {
+        let path = volume.path().join(directory.to_string());
+        fs::create_dir(&path).unwrap();
+        for file in (directory..files).step_by(DIRECTORIES) {
+            fs::write(path.join(format!("{file}.txt")), file.to_string()).unwrap();
+        }
+    }
+    let script = "exec 3< /data/7/7.txt; walk() { find /data -type f -size -9 | wc -l; }; walk; echo walked; \
+                  until test -e /data/go-on; do sleep 0.2; done; cat <&3; echo; cat /data/9/9.txt; echo; \
+                  mv /data/8/8.txt /data/moved; rm -r /data/7; cat /data/moved; echo; walk";
+    let bundle = foreground::Bundle::busybox(&["sh", "-c", script]);
+    bundle.edit(|spec| {
+        let source = volume.path().to_str().unwrap();
+        spec["mounts"].as_array_mut().unwrap().push(
+            json!({"destination": "/data", "type": "bind", "source": source, "options": ["rbind", "rw"]}),
+        );
+    });
+    let patience = Duration::from_secs(120 + files as u64 / 100);
+    let argv = ["husk", "run", "--bundle", bundle.path(), "many-files"];
+    let mut running = Running::start(&argv, Input::Nothing);
+    running.wait_for_within(patience, "walked");
+    let server = host::pid_of("husk-fsd");
+    let descriptors = fs::read_dir(format!("/proc/{server}/fd")).unwrap().count();
+    let memory = host::anonymous_kib(server);
+    eprintln!("{files} files: {descriptors} descriptors, {memory} KiB");
+    assert!(descriptors < (16 << 10) + DIRECTORIES + 100);
+    assert!(memory < 4096 + files as u64 / 2);
+    fs::remove_file(volume.path().join("9/9.txt")).unwrap();
+    fs::write(volume.path().join("9/9.txt"), "changed").unwrap();
+    fs::write(volume.path().join("go-on"), "").unwrap();
+    let done = running.finish(patience).expect_code(0);
+    let left = files - files / DIRECTORIES + 1;
+    assert_eq!(done.out(), format!("{files}\nwalked\n7\nchanged\n8\n{left}\n"));
 }

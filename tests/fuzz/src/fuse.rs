@@ -2,6 +2,7 @@
 
 use crate::input::Input;
 use husk_fsd::fuse::{Body, op};
+use husk_fsd::node::Limits;
 use husk_fsd::passthrough::Passthrough;
 use husk_fsd::{credentials, serve};
 use husk_vmm_protocol::fs::{HEADER_LEN, MAX_REPLY_LEN, RequestHeader};
@@ -145,7 +146,12 @@ impl Place {
         symlink("../outside", share.join("link")).expect("there is room");
         symlink("/", share.join("absolute")).expect("there is room");
         let proc_fds = self.proc_fds.try_clone().expect("descriptors");
-        Passthrough::new(path_descriptor(&share), proc_fds).expect("a directory")
+        // So few that descriptors are let go and nodes refused within one input.
+        let limits = Limits {
+            nodes: 16,
+            descriptors: 2,
+        };
+        Passthrough::new(path_descriptor(&share), proc_fds, limits).expect("a directory")
     }
 
     /// All that can be told of what lies outside.

@@ -1,5 +1,6 @@
 //! The files and directories that the guest has open.
 
+use crate::node::Pinned;
 use crate::sys::{Errno, Result};
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -10,12 +11,18 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 pub struct OpenFile {
     file: OwnedFd,
     writable: bool,
+    /// Its node keeps its descriptor while this is open: the file may have lost its name.
+    _node: Pinned,
 }
 
 impl OpenFile {
-    /// One just opened.
-    pub fn new(file: OwnedFd, writable: bool) -> Self {
-        Self { file, writable }
+    /// One just opened, of that node.
+    pub fn new(file: OwnedFd, writable: bool, node: Pinned) -> Self {
+        Self {
+            file,
+            writable,
+            _node: node,
+        }
     }
 
     /// The file.
@@ -137,13 +144,24 @@ impl Handles {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::fuse::ROOT_ID;
+    use crate::node::{Limits, Nodes};
+    use crate::sys;
 
     #[test]
     fn a_handle_is_of_one_kind_and_ends_with_its_release() {
         let handles = Handles::default();
         let fd = || OwnedFd::from(std::fs::File::open("/").unwrap());
+        let node = {
+            let stat = sys::stat(fd().as_fd()).unwrap();
+            let limits = Limits {
+                nodes: 0,
+                descriptors: 0,
+            };
+            Nodes::new(fd(), &stat, limits).get(ROOT_ID).unwrap()
+        };
         let file = handles
-            .enter(Handle::File(Arc::new(OpenFile::new(fd(), false))))
+            .enter(Handle::File(Arc::new(OpenFile::new(fd(), false, node.clone()))))
             .unwrap();
         let dir = handles
             .enter(Handle::Directory(Arc::new(OpenDir::new(fd()))))
@@ -157,7 +175,7 @@ mod tests {
         assert_eq!(handles.directory(dir).unwrap_err(), Errno(libc::EBADF));
         assert!(
             handles
-                .enter(Handle::File(Arc::new(OpenFile::new(fd(), false))))
+                .enter(Handle::File(Arc::new(OpenFile::new(fd(), false, node.clone()))))
                 .unwrap()
                 > dir
         );

@@ -13,6 +13,7 @@ pub mod capabilities;
 pub mod credentials;
 pub mod fuse;
 pub mod handle;
+pub mod hold;
 pub mod lockdown;
 pub mod node;
 pub mod passthrough;

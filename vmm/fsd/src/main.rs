@@ -1,5 +1,6 @@
 //! `husk-fsd`: started by husk with its descriptors in place; serves until its VMM is gone.
 
+use husk_fsd::node::Limits;
 use husk_fsd::passthrough::Passthrough;
 use husk_fsd::{lockdown, serve};
 use husk_vmm_protocol::fds::fsd;
@@ -62,7 +63,7 @@ fn run() -> Result<(), Box<dyn Error>> {
     };
     serve::make_blocking(channel.as_fd())?;
     let jail = lockdown::enter(share, fsd::END)?;
-    let share = Passthrough::new(jail.root, jail.proc_fds)?;
+    let share = Passthrough::new(jail.root, jail.proc_fds, Limits::of_process())?;
     serve::serve(share, channel)?;
     Ok(())
 }

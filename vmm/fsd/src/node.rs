@@ -1,14 +1,17 @@
 //! The nodes that the guest knows: which number stands for which file.
 //!
 //! A number is given out once and never again, so a stale one can only be refused, never mean another file. A
-//! node lives as long as the guest remembers it (LOOKUP and its kin count up, FORGET counts down) and pins its
-//! file by an `O_PATH` descriptor; so a file's identity (device, inode, mount) cannot pass to another file
-//! meanwhile, and an unlinked file stays reachable.
+//! node lives as long as the guest remembers it (LOOKUP and its kin count up, FORGET counts down) and has a
+//! [hold](crate::hold) on its file. While that is by a descriptor, the file's identity (device, inode, mount) cannot
+//! pass to another file, and an unlinked file stays reachable.
 
 use crate::fuse::ROOT_ID;
-use crate::sys::{Errno, Result};
+use crate::hold::{Found, Hold, Holders};
+use crate::sys::{self, Errno, Result};
 use std::collections::HashMap;
 use std::collections::hash_map::Entry as Slot;
+use std::ffi::CStr;
+use std::ops::Deref;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -72,9 +75,11 @@ impl Stamp {
 #[derive(Debug)]
 pub struct Node {
     id: u64,
-    file: OwnedFd,
     key: Key,
     kind: u32,
+    /// When it was made, as far as its file system tells: tells apart files that have had the same identity.
+    born: (i64, u32),
+    hold: Hold,
     /// The contents when the guest last opened the file: what it has cached since is good while they last.
     opened: Mutex<Option<Stamp>>,
 }
@@ -85,9 +90,33 @@ impl Node {
         self.id
     }
 
-    /// Names the file (`O_PATH`).
-    pub fn fd(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
+    fn new(id: u64, file: Arc<OwnedFd>, stat: &libc::statx, place: Option<Found<'_>>) -> Self {
+        Self {
+            id,
+            key: Key::of(stat),
+            kind: sys::kind(stat),
+            born: born(stat),
+            hold: Hold::new(file, place),
+            opened: Mutex::new(None),
+        }
+    }
+
+    /// [`Hold::meet`] with what tells files of one identity apart.
+    fn meet(
+        &self,
+        file: OwnedFd,
+        stat: &libc::statx,
+        place: Option<Found<'_>>,
+    ) -> std::result::Result<(Arc<OwnedFd>, bool), OwnedFd> {
+        if self.kind != sys::kind(stat) {
+            return Err(file);
+        }
+        self.hold.meet(file, place, self.born == born(stat))
+    }
+
+    /// Its hold on the file.
+    pub fn hold(&self) -> &Hold {
+        &self.hold
     }
 
     /// The file's identity.
@@ -109,7 +138,71 @@ impl Node {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+fn born(stat: &libc::statx) -> (i64, u32) {
+    (stat.stx_btime.tv_sec, stat.stx_btime.tv_nsec)
+}
+
+/// A node whose descriptor stays as long as this lives.
+#[derive(Clone, Debug)]
+pub struct Pinned {
+    node: Arc<Node>,
+    file: Arc<OwnedFd>,
+}
+
+impl Pinned {
+    fn new(id: u64, file: OwnedFd, stat: &libc::statx, place: Option<Found<'_>>) -> Self {
+        let file = Arc::new(file);
+        let node = Arc::new(Node::new(id, file.clone(), stat, place));
+        Self { node, file }
+    }
+
+    fn entry<'a>(&'a self, name: &'a CStr) -> Found<'a> {
+        Found {
+            directory: &self.node,
+            name,
+        }
+    }
+
+    /// Names the file (`O_PATH`).
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+impl Deref for Pinned {
+    type Target = Node;
+
+    fn deref(&self) -> &Node {
+        &self.node
+    }
+}
+
+/// How much the guest may make the server keep.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Nodes. One takes some 400 bytes besides its name.
+    pub nodes: usize,
+    /// Descriptors that nodes keep although they could do without.
+    pub descriptors: usize,
+}
+
+impl Limits {
+    /// Those of a process that may have as many descriptors as this one.
+    pub fn of_process() -> Self {
+        const NODES: usize = 4 << 20;
+        const DESCRIPTORS: usize = 16 << 10;
+        Self {
+            nodes: NODES,
+            // The rest is for directories and for open files.
+            descriptors: sys::max_descriptors()
+                .checked_div(4)
+                .unwrap_or_default()
+                .min(DESCRIPTORS),
+        }
+    }
+}
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Nothing under these locks can be left half done.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -130,79 +223,138 @@ struct Tables {
 /// All nodes that the guest knows.
 #[derive(Debug)]
 pub struct Nodes {
-    root: Arc<Node>,
+    root: Pinned,
     tables: Mutex<Tables>,
+    holders: Holders,
+    limit: usize,
 }
 
 impl Nodes {
     /// The root directory alone.
-    pub fn new(root: OwnedFd, stat: &libc::statx) -> Self {
-        let root = Node {
-            id: ROOT_ID,
-            file: root,
-            key: Key::of(stat),
-            kind: u32::from(stat.stx_mode) & libc::S_IFMT,
-            opened: Mutex::new(None),
-        };
+    pub fn new(root: OwnedFd, stat: &libc::statx, limits: Limits) -> Self {
         Self {
-            root: Arc::new(root),
+            root: Pinned::new(ROOT_ID, root, stat, None),
             tables: Mutex::new(Tables {
                 by_id: HashMap::new(),
                 by_key: HashMap::new(),
                 next: ROOT_ID + 1,
             }),
+            holders: Holders::new(limits.descriptors),
+            limit: limits.nodes,
         }
     }
 
     /// The node of a number.
     ///
     /// # Errors
-    /// ESTALE if the guest does not know it (any more).
-    pub fn get(&self, id: u64) -> Result<Arc<Node>> {
+    /// ESTALE if the guest does not know it (any more), or if its file is not to be found any more; those of
+    /// openat2(2).
+    pub fn get(&self, id: u64) -> Result<Pinned> {
         if id == ROOT_ID {
             return Ok(self.root.clone());
         }
-        lock(&self.tables)
+        let node = lock(&self.tables)
             .by_id
             .get(&id)
             .map(|known| known.node.clone())
-            .ok_or(Errno(libc::ESTALE))
+            .ok_or(Errno(libc::ESTALE))?;
+        if let Some(file) = node.hold.held() {
+            return Ok(Pinned { node, file });
+        }
+        let (file, anew) = node.hold.regain(&node.key, node.kind)?;
+        if anew {
+            self.holders.enter(&node);
+        }
+        Ok(Pinned { node, file })
     }
 
-    /// The node of a file, a new one if the guest does not know it; counts one lookup.
+    /// The node of a file that was found as the entry `name` of a directory, or that has no name; a new one if the guest
+    /// does not know it. Counts one lookup.
     ///
     /// # Errors
-    /// ENFILE when all numbers have been given out.
-    pub fn look_up(&self, file: OwnedFd, stat: &libc::statx) -> Result<Arc<Node>> {
+    /// ENFILE when there are as many as there may be.
+    pub fn look_up(
+        &self,
+        file: OwnedFd,
+        stat: &libc::statx,
+        place: Option<(&Pinned, &CStr)>,
+    ) -> Result<Pinned> {
         let key = Key::of(stat);
         // A bind mount of the share within itself has another mount id, so only the root itself is met here.
         if key == self.root.key {
             return Ok(self.root.clone());
         }
+        let place = place
+            .filter(|_| sys::kind(stat) != libc::S_IFDIR)
+            .map(|(directory, name)| directory.entry(name));
+        let (pinned, anew) = self.meet_or_make(key, file, stat, place)?;
+        if anew && place.is_some() {
+            self.holders.enter(&pinned.node);
+        }
+        Ok(pinned)
+    }
+
+    /// The flag tells whether the node holds a descriptor that it did not hold before.
+    fn meet_or_make(
+        &self,
+        key: Key,
+        mut file: OwnedFd,
+        stat: &libc::statx,
+        place: Option<Found<'_>>,
+    ) -> Result<(Pinned, bool)> {
         let mut guard = lock(&self.tables);
         let tables = &mut *guard;
         if let Some(known) = tables.by_key.get(&key).and_then(|id| tables.by_id.get_mut(id)) {
-            known.lookups = known.lookups.saturating_add(1);
-            return Ok(known.node.clone());
+            match known.node.meet(file, stat, place) {
+                Ok((file, anew)) => {
+                    known.lookups = known.lookups.saturating_add(1);
+                    let node = known.node.clone();
+                    return Ok((Pinned { node, file }, anew));
+                }
+                Err(other) => file = other,
+            }
         }
         let id = tables.next;
+        if tables.by_id.len() >= self.limit {
+            return Err(Errno(libc::ENFILE));
+        }
         tables.next = id.checked_add(1).ok_or(Errno(libc::ENFILE))?;
-        let node = Arc::new(Node {
-            id,
-            file,
-            key,
-            kind: u32::from(stat.stx_mode) & libc::S_IFMT,
-            opened: Mutex::new(None),
-        });
+        let pinned = Pinned::new(id, file, stat, place);
         tables.by_key.insert(key, id);
         tables.by_id.insert(
             id,
             Known {
-                node: node.clone(),
+                node: pinned.node.clone(),
                 lookups: 1,
             },
         );
-        Ok(node)
+        Ok((pinned, true))
+    }
+
+    /// Whether nodes have let go of descriptors.
+    pub fn have_released(&self) -> bool {
+        self.holders.have_released()
+    }
+
+    /// Something happens to the file's names: `place` is its newest if it is told. A node that the guest has of it holds
+    /// it from now on, as it might not be found again.
+    pub fn hold_on(&self, file: OwnedFd, stat: &libc::statx, place: Option<(&Pinned, &CStr)>) {
+        if sys::kind(stat) == libc::S_IFDIR {
+            return;
+        }
+        let Some(node) = self.known(&Key::of(stat)) else {
+            return;
+        };
+        let place = place.map(|(directory, name)| directory.entry(name));
+        if let Ok((_, true)) = node.meet(file, stat, place) {
+            self.holders.enter(&node);
+        }
+    }
+
+    fn known(&self, key: &Key) -> Option<Arc<Node>> {
+        let tables = lock(&self.tables);
+        let known = tables.by_key.get(key).and_then(|id| tables.by_id.get(id))?;
+        Some(known.node.clone())
     }
 
     /// Counts `n` lookups down; at none the guest knows the node no more.
@@ -217,7 +369,11 @@ impl Nodes {
             return;
         }
         let known = slot.remove();
-        tables.by_key.remove(known.node.key());
+        let key = known.node.key();
+        // Another file may have come to this identity.
+        if tables.by_key.get(key) == Some(&id) {
+            tables.by_key.remove(key);
+        }
         // Closing the last descriptor of an unlinked file frees its blocks, which takes its time.
         drop(tables);
         drop(known);
@@ -229,6 +385,7 @@ impl Nodes {
         tables.by_key.clear();
         let forgotten = std::mem::take(&mut tables.by_id);
         drop(tables);
+        self.holders.clear();
         drop(forgotten);
     }
 
@@ -249,16 +406,34 @@ mod tests {
     use super::*;
     use crate::sys;
 
-    fn nodes(dir: &tempfile::TempDir) -> Nodes {
+    fn nodes_up_to(dir: &tempfile::TempDir, nodes: usize, descriptors: usize) -> Nodes {
         let root: OwnedFd = std::fs::File::open(dir.path()).unwrap().into();
         let stat = sys::stat(root.as_fd()).unwrap();
-        Nodes::new(root, &stat)
+        Nodes::new(root, &stat, Limits { nodes, descriptors })
     }
 
-    fn enter(nodes: &Nodes, name: &std::ffi::CStr) -> Arc<Node> {
-        let fd = sys::open_entry(nodes.get(ROOT_ID).unwrap().fd(), name).unwrap();
+    fn nodes(dir: &tempfile::TempDir) -> Nodes {
+        nodes_up_to(dir, 1000, 1000)
+    }
+
+    fn try_enter(nodes: &Nodes, name: &CStr) -> Result<Pinned> {
+        let root = nodes.get(ROOT_ID).unwrap();
+        let fd = sys::open_entry(root.fd(), name).unwrap();
         let stat = sys::stat(fd.as_fd()).unwrap();
-        nodes.look_up(fd, &stat).unwrap()
+        nodes.look_up(fd, &stat, Some((&root, name)))
+    }
+
+    fn enter(nodes: &Nodes, name: &CStr) -> Pinned {
+        try_enter(nodes, name).unwrap()
+    }
+
+    /// As many as make all that are not pinned let go.
+    fn crowd(dir: &tempfile::TempDir, nodes: &Nodes) {
+        for n in 0..20 {
+            let name = format!("crowd{n}");
+            std::fs::write(dir.path().join(&name), "").unwrap();
+            enter(nodes, &std::ffi::CString::new(name).unwrap());
+        }
     }
 
     #[test]
@@ -279,6 +454,92 @@ mod tests {
         assert!(nodes.is_empty());
         nodes.forget(ROOT_ID, 100);
         assert!(nodes.get(ROOT_ID).is_ok());
+    }
+
+    #[test]
+    fn there_are_no_more_nodes_than_may_be() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["a", "b", "c"] {
+            std::fs::write(dir.path().join(name), "").unwrap();
+        }
+        let nodes = nodes_up_to(&dir, 2, 0);
+        let a = enter(&nodes, c"a").id();
+        enter(&nodes, c"b");
+        assert_eq!(try_enter(&nodes, c"c").unwrap_err(), Errno(libc::ENFILE));
+        assert_eq!(enter(&nodes, c"a").id(), a);
+        nodes.forget(a, 2);
+        enter(&nodes, c"c");
+    }
+
+    #[test]
+    fn descriptors_that_are_let_go_are_had_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        for name in ["file", "pinned", "moved", "gone", "replaced"] {
+            std::fs::write(path(name), name).unwrap();
+        }
+        std::os::unix::fs::symlink("to", path("link")).unwrap();
+        std::fs::create_dir(path("directory")).unwrap();
+        let nodes = nodes_up_to(&dir, 1000, 4);
+        let names = [c"file", c"moved", c"gone", c"replaced", c"link", c"directory"];
+        let ids = names.map(|name| enter(&nodes, name).id());
+        let held = |id| lock(&nodes.tables).by_id[&id].node.hold.held().is_some();
+        let pinned = enter(&nodes, c"pinned");
+        crowd(&dir, &nodes);
+        assert!(nodes.have_released());
+        assert_eq!(ids.map(held), [false, false, false, false, false, true]);
+        assert!(held(pinned.id()));
+
+        let inode = |id| Ok(sys::stat(nodes.get(id)?.fd())?.stx_ino);
+        use std::os::unix::fs::MetadataExt;
+        let [file, moved, gone, replaced, link, _] = ids;
+        for (id, name) in [(file, "file"), (link, "link")] {
+            let on_host = std::fs::symlink_metadata(path(name)).unwrap().ino();
+            assert_eq!(inode(id), Ok(on_host));
+        }
+        std::fs::rename(path("moved"), path("elsewhere")).unwrap();
+        std::fs::remove_file(path("gone")).unwrap();
+        std::fs::write(path("other"), "").unwrap();
+        std::fs::rename(path("other"), path("replaced")).unwrap();
+        for id in [moved, gone, replaced] {
+            assert_eq!(inode(id), Err(Errno(libc::ESTALE)));
+        }
+        assert_eq!(enter(&nodes, c"elsewhere").id(), moved);
+        assert!(inode(moved).is_ok());
+        assert_ne!(enter(&nodes, c"replaced").id(), replaced);
+        nodes.forget(replaced, 1);
+        assert!(inode(enter(&nodes, c"replaced").id()).is_ok());
+
+        // One that lost its name while it was held is not let go any more.
+        std::fs::remove_file(path("pinned")).unwrap();
+        let id = pinned.id();
+        drop(pinned);
+        crowd(&dir, &nodes);
+        assert!(held(id) && inode(id).is_ok());
+    }
+
+    /// A file system gives an inode's number to the next file when the one before is gone.
+    #[test]
+    fn an_identity_that_came_to_another_file_is_another_node() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("a"), "").unwrap();
+        let nodes = nodes_up_to(&dir, 1000, 0);
+        let a = enter(&nodes, c"a");
+        let (id, root) = (a.id(), nodes.get(ROOT_ID).unwrap());
+        let mut stat = sys::stat(a.fd()).unwrap();
+        drop(a);
+        crowd(&dir, &nodes);
+        let met = |stat: &libc::statx, name| {
+            let fd = sys::open_entry(root.fd(), c"a").unwrap();
+            nodes.look_up(fd, stat, Some((&root, name))).unwrap().id()
+        };
+        stat.stx_btime.tv_sec += 1;
+        assert_eq!(met(&stat, c"a"), id, "a copied-up file of an overlay");
+        crowd(&dir, &nodes);
+        let other = met(&stat, c"b");
+        assert_ne!(other, id);
+        nodes.forget(id, 2);
+        assert_eq!(met(&stat, c"b"), other);
     }
 
     #[test]

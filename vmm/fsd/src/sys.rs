@@ -161,6 +161,24 @@ pub fn stat(fd: BorrowedFd<'_>) -> Result<libc::statx> {
     Ok(stat)
 }
 
+/// The kind of file that `stat` tells of: the `S_IFMT` bits of its mode.
+pub fn kind(stat: &libc::statx) -> u32 {
+    u32::from(stat.stx_mode) & libc::S_IFMT
+}
+
+/// How many descriptors this process may have.
+pub fn max_descriptors() -> usize {
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: `limit` lives through the call.
+    match check(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) }) {
+        Ok(_) => usize::try_from(limit.rlim_cur).unwrap_or(usize::MAX),
+        Err(_) => 0,
+    }
+}
+
 /// The file system that `fd` is on.
 pub fn statfs(fd: BorrowedFd<'_>) -> Result<libc::statfs64> {
     // SAFETY: statfs64 is plain integers, for which zero is valid.

@@ -381,11 +381,13 @@ fn the_guest_keeps_its_cache_while_the_file_is_as_it_was() {
 fn when_descriptors_run_out_the_server_says_so_and_recovers() {
     let mut c = Client::before(Server::start_limited(Some(64)));
     c.init();
+    fs::write(c.server.share().join("file"), "").unwrap();
+    let file = c.look_up(ROOT, c"file").u64(0);
     let mut nodes = vec![];
     let mut refused = 0;
     for n in 0..200 {
-        let name = format!("f{n}");
-        fs::write(c.server.share().join(&name), "").unwrap();
+        let name = format!("d{n}");
+        fs::create_dir(c.server.share().join(&name)).unwrap();
         let name = std::ffi::CString::new(name).unwrap();
         let reply = c.ask(LOOKUP, ROOT, &Args::new().name(&name));
         match reply.error {
@@ -395,7 +397,7 @@ fn when_descriptors_run_out_the_server_says_so_and_recovers() {
         }
     }
     assert!(nodes.len() > 30 && refused > 100, "{} {refused}", nodes.len());
-    assert_eq!(c.error(OPEN, nodes[0], &Args::new().u32(0).u32(0)), libc::ENFILE);
+    assert_eq!(c.error(OPEN, file, &Args::new().u32(0).u32(0)), libc::ENFILE);
     let create = Args::new()
         .u32(libc::O_RDWR as u32)
         .u32(0o644)
@@ -406,7 +408,7 @@ fn when_descriptors_run_out_the_server_says_so_and_recovers() {
     for node in nodes {
         c.tell(FORGET, node, &Args::new().u64(1));
     }
-    eventually(|| c.ask(LOOKUP, ROOT, &Args::new().name(c"f199")).error == 0);
+    eventually(|| c.ask(LOOKUP, ROOT, &Args::new().name(c"d199")).error == 0);
     assert_eq!(c.ask(CREATE, ROOT, &create).error, 0);
 }
 

@@ -1102,3 +1102,87 @@ fn when_the_server_dies_requests_fail_rather_than_hang() {
     assert_eq!(errno(fs::read(m.path("f"))), libc::ENOTCONN);
     assert_eq!(errno(fs::write(m.path("g"), "x")), libc::ENOTCONN);
 }
+
+/// The guest may know more files than the server keeps descriptors of.
+#[test]
+fn more_files_than_descriptors() {
+    const FILES: usize = 1000;
+    let m = Mount::limited(Some(256));
+    let name = |n: usize| format!("{}/{n}", n % 10);
+    for n in 0..10 {
+        fs::create_dir(m.host(n.to_string())).unwrap();
+    }
+    for n in 0..FILES {
+        fs::write(m.host(name(n)), n.to_string()).unwrap();
+    }
+    let walk = || {
+        for n in 20..FILES {
+            assert_eq!(
+                fs::metadata(m.path(name(n))).unwrap().len(),
+                n.to_string().len() as u64
+            );
+        }
+    };
+    symlink("elsewhere", m.path("link")).unwrap();
+    posix::mknod(&m.path("fifo"), libc::S_IFIFO | 0o600, 0).unwrap();
+    fs::hard_link(m.path(name(1)), m.path("second")).unwrap();
+    let mut open = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(m.path(name(2)))
+        .unwrap();
+    let mut unlinked = File::create_new(m.path("unlinked")).unwrap();
+    fs::remove_file(m.path("unlinked")).unwrap();
+    let named_only = |name: &str| {
+        let mut options = OpenOptions::new();
+        options.read(true).custom_flags(libc::O_PATH | libc::O_NOFOLLOW);
+        options.open(m.path(name)).unwrap()
+    };
+    let paths = ["link", "fifo", "second", "3/3"].map(named_only);
+    let before = paths.each_ref().map(|file| file.metadata().unwrap().ino());
+    walk();
+
+    assert_eq!(
+        paths.each_ref().map(|file| file.metadata().unwrap().ino()),
+        before
+    );
+    assert_eq!(fs::read_link(m.path("link")).unwrap(), Path::new("elsewhere"));
+    unlinked.write_all(b"still here").unwrap();
+    assert_eq!(unlinked.metadata().unwrap().len(), 10);
+    for n in 0..FILES {
+        assert_eq!(fs::read_to_string(m.path(name(n))).unwrap(), n.to_string());
+    }
+
+    // What the guest itself does to names.
+    let (moved, removed) = (named_only("4/4"), named_only("5/5"));
+    walk();
+    fs::rename(m.path(name(4)), m.path("moved")).unwrap();
+    fs::remove_file(m.path(name(5))).unwrap();
+    fs::remove_file(m.path(name(1))).unwrap();
+    fs::rename(m.path(name(6)), m.path(name(7))).unwrap();
+    walk();
+    assert_eq!(
+        moved.metadata().unwrap().ino(),
+        fs::metadata(m.host("moved")).unwrap().ino()
+    );
+    assert_eq!(removed.metadata().unwrap().nlink(), 0);
+    assert_eq!(paths[2].metadata().unwrap().nlink(), 1);
+    assert_eq!(fs::read_to_string(m.path(name(7))).unwrap(), "6");
+    chmod(&m.path("moved"), 0o741);
+    posix::set_xattr(&m.path("second"), "user.a", b"b").unwrap();
+    walk();
+    assert_eq!(mode(&m.host("moved")), 0o741);
+    assert_eq!(posix::get_xattr(&m.path("second"), "user.a").unwrap(), b"b");
+
+    // What the host does to them.
+    fs::rename(m.host(name(8)), m.host("by-host")).unwrap();
+    fs::remove_file(m.host(name(9))).unwrap();
+    fs::write(m.host(name(9)), "another").unwrap();
+    fs::rename(m.host(name(2)), m.host("open")).unwrap();
+    assert_eq!(fs::read_to_string(m.path("by-host")).unwrap(), "8");
+    assert_eq!(fs::read_to_string(m.path(name(9))).unwrap(), "another");
+    walk();
+    open.write_all(b"two").unwrap();
+    assert_eq!(open.metadata().unwrap().len(), 3);
+    assert_eq!(fs::read_to_string(m.path("open")).unwrap(), "two");
+}

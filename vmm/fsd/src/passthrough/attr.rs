@@ -3,7 +3,7 @@
 use super::{Answer, Call, Passthrough, put_valid_nanos, put_valid_seconds};
 use crate::credentials::without_fsetid;
 use crate::fuse::{Body, fattr, put_attr, put_statx};
-use crate::node::Node;
+use crate::node::Pinned;
 use crate::sys::{self, Errno, Result};
 use std::os::fd::AsFd;
 
@@ -115,7 +115,7 @@ impl Passthrough {
         self.put_attributes(body, &node)
     }
 
-    fn resize(&self, node: &Node, change: &Change) -> Result<()> {
+    fn resize(&self, node: &Pinned, change: &Change) -> Result<()> {
         let size = i64::try_from(change.size).map_err(|_| Errno(libc::EFBIG))?;
         if change.has(fattr::FH) {
             return sys::truncate(self.handles.file(change.handle)?.fd(), size);
@@ -124,7 +124,7 @@ impl Passthrough {
         sys::truncate(file.as_fd(), size)
     }
 
-    fn put_attributes(&self, body: &mut Body, node: &Node) -> Result<Answer> {
+    fn put_attributes(&self, body: &mut Body, node: &Pinned) -> Result<Answer> {
         let stat = sys::stat(node.fd())?;
         put_valid_seconds(body)?;
         put_valid_nanos(body)?;

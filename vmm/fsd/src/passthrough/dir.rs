@@ -6,7 +6,7 @@
 use super::{Answer, Call, Passthrough};
 use crate::fuse::{Body, DIRENT_LEN, ENTRY_LEN, FSYNC_FDATASYNC, NAME_MAX, ROOT_ID};
 use crate::handle::{Handle, OpenDir};
-use crate::node::Node;
+use crate::node::Pinned;
 use crate::sys::{self, Errno, Result};
 use std::ffi::CStr;
 use std::sync::Arc;
@@ -70,7 +70,7 @@ impl<'a> Raw<'a> {
 
 impl Passthrough {
     pub(super) fn opendir(&self, call: Call<'_>, body: &mut Body) -> Result<Answer> {
-        let directory = self.open_directory(&*self.nodes.get(call.node)?)?;
+        let directory = self.open_directory(&self.nodes.get(call.node)?)?;
         let handle = self
             .handles
             .enter(Handle::Directory(Arc::new(OpenDir::new(directory))))?;
@@ -127,7 +127,7 @@ impl Passthrough {
     }
 
     /// Adds one entry; whether there was room for it.
-    fn put_dir_entry(&self, body: &mut Body, parent: &Node, entry: &Raw<'_>, plus: bool) -> Result<bool> {
+    fn put_dir_entry(&self, body: &mut Body, parent: &Pinned, entry: &Raw<'_>, plus: bool) -> Result<bool> {
         let len = entry.len().saturating_add(if plus { ENTRY_LEN } else { 0 });
         if entry.name.count_bytes() > NAME_MAX {
             // No Linux file system has such a name; the guest could not use it.

@@ -5,7 +5,7 @@ use super::{Answer, Call, Passthrough};
 use crate::credentials::without_fsetid;
 use crate::fuse::{Body, FOPEN_KEEP_CACHE, FOPEN_NOFLUSH, FSYNC_FDATASYNC, OPEN_KILL_SUIDGID};
 use crate::handle::{Handle, OpenFile};
-use crate::node::{Node, Stamp};
+use crate::node::{Pinned, Stamp};
 use crate::sys::{self, Errno, Result};
 use std::ffi::CStr;
 use std::os::fd::{AsFd, OwnedFd};
@@ -51,7 +51,7 @@ impl Passthrough {
         let file = self.open_as_asked(&node, flags, open_flags)?;
         let stat = sys::stat(file.as_fd())?;
         let keep_cache = node.note_open(Stamp::settled(&stat, now()));
-        self.put_open(body, file, flags, keep_cache)
+        self.put_open(body, &node, file, flags, keep_cache)
     }
 
     pub(super) fn create(&self, mut call: Call<'_>, body: &mut Body) -> Result<Answer> {
@@ -71,7 +71,7 @@ impl Passthrough {
         let file = call
             .caller
             .act(asked.umask, || sys::open_tmpfile(parent.fd(), flags, asked.mode))?;
-        let found = self.adopt_open(&file)?;
+        let found = self.adopt_open(&file, None)?;
         self.put_created(body, &parent, file, &found, asked.flags)
     }
 
@@ -127,7 +127,7 @@ impl Passthrough {
     }
 
     /// Opens a node's regular file. Devices, FIFOs and sockets are the guest's kernel's, never opened on the host.
-    pub(super) fn open_node(&self, node: &Node, flags: libc::c_int) -> Result<OwnedFd> {
+    pub(super) fn open_node(&self, node: &Pinned, flags: libc::c_int) -> Result<OwnedFd> {
         match node.kind() {
             libc::S_IFREG => sys::reopen(self.proc_fds(), node.fd(), flags),
             libc::S_IFDIR => Err(Errno(libc::EISDIR)),
@@ -136,7 +136,7 @@ impl Passthrough {
         }
     }
 
-    fn open_as_asked(&self, node: &Node, flags: libc::c_int, open_flags: u32) -> Result<OwnedFd> {
+    fn open_as_asked(&self, node: &Pinned, flags: libc::c_int, open_flags: u32) -> Result<OwnedFd> {
         let open = || self.open_node(node, flags & HOST_FLAGS);
         if flags & libc::O_TRUNC != 0 && open_flags & OPEN_KILL_SUIDGID != 0 {
             without_fsetid(open)
@@ -151,7 +151,7 @@ impl Passthrough {
     fn make_or_open(
         &self,
         call: &Call<'_>,
-        parent: &Node,
+        parent: &Pinned,
         name: &CStr,
         asked: &Create,
     ) -> Result<(OwnedFd, Found)> {
@@ -162,7 +162,7 @@ impl Passthrough {
             });
             match made {
                 Ok(file) => {
-                    let found = self.adopt_open(&file)?;
+                    let found = self.adopt_open(&file, Some((parent, name)))?;
                     return Ok((file, found));
                 }
                 Err(Errno(libc::EEXIST)) if asked.flags & libc::O_EXCL == 0 => {}
@@ -187,13 +187,13 @@ impl Passthrough {
     fn put_created(
         &self,
         body: &mut Body,
-        parent: &Node,
+        parent: &Pinned,
         file: OwnedFd,
         found: &Found,
         flags: libc::c_int,
     ) -> Result<Answer> {
         self.put_entry(body, parent, found)?;
-        self.put_open(body, file, flags, false)
+        self.put_open(body, &found.node, file, flags, false)
             .inspect_err(|_| self.unfind(found))
     }
 
@@ -201,12 +201,13 @@ impl Passthrough {
     fn put_open(
         &self,
         body: &mut Body,
+        node: &Pinned,
         file: OwnedFd,
         flags: libc::c_int,
         keep_cache: bool,
     ) -> Result<Answer> {
         let writable = flags & libc::O_ACCMODE != libc::O_RDONLY;
-        let file = Arc::new(OpenFile::new(file, writable));
+        let file = Arc::new(OpenFile::new(file, writable, node.clone()));
         let handle = self.handles.enter(Handle::File(file.clone()))?;
         let mut open_flags = 0;
         if keep_cache {

@@ -2,16 +2,15 @@
 
 use super::{Answer, Call, Passthrough, put_valid_nanos, put_valid_seconds};
 use crate::fuse::{ATTR_SUBMOUNT, Body, put_attr};
-use crate::node::Node;
+use crate::node::Pinned;
 use crate::sys::{self, Result};
 use std::ffi::CStr;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 /// A file that was looked up: the guest knows its node once the reply is out.
 pub(super) struct Found {
-    pub(super) node: Arc<Node>,
+    pub(super) node: Pinned,
     pub(super) stat: libc::statx,
 }
 
@@ -42,24 +41,46 @@ impl Passthrough {
     }
 
     /// Looks up the entry `name` of `parent`; counts one lookup.
-    pub(super) fn find(&self, parent: &Node, name: &CStr) -> Result<Found> {
-        self.adopt(self.entry(parent, name)?)
+    pub(super) fn find(&self, parent: &Pinned, name: &CStr) -> Result<Found> {
+        self.adopt(self.entry(parent, name)?, Some((parent, name)))
     }
 
-    /// Makes the file that `file` (`O_PATH`) names a node, or finds it; counts one lookup.
-    pub(super) fn adopt(&self, file: OwnedFd) -> Result<Found> {
+    /// Makes the file that `file` (`O_PATH`) names a node, or finds it; counts one lookup. `place` is where it was found.
+    fn adopt(&self, file: OwnedFd, place: Option<(&Pinned, &CStr)>) -> Result<Found> {
         let stat = sys::stat(file.as_fd())?;
-        let node = self.nodes.look_up(file, &stat)?;
+        let node = self.nodes.look_up(file, &stat, place)?;
         Ok(Found { node, stat })
     }
 
     /// The same of a file just opened or made, by its descriptor: its name may mean another file by now.
-    pub(super) fn adopt_open(&self, file: &OwnedFd) -> Result<Found> {
-        self.adopt(sys::reopen(self.proc_fds(), file.as_fd(), libc::O_PATH)?)
+    pub(super) fn adopt_open(&self, file: &OwnedFd, place: Option<(&Pinned, &CStr)>) -> Result<Found> {
+        self.adopt(sys::reopen(self.proc_fds(), file.as_fd(), libc::O_PATH)?, place)
+    }
+
+    /// Remembers where a file now is that was renamed to the entry `name` of `parent`.
+    pub(super) fn renamed(&self, parent: &Pinned, name: &CStr) {
+        self.hold_on(parent, name, Some((parent, name)));
+    }
+
+    /// Holds the file whose name `name` in `parent` is about to be removed: if it is its last, there is no way back to it.
+    pub(super) fn before_removal(&self, parent: &Pinned, name: &CStr) {
+        if self.nodes.have_released() {
+            self.hold_on(parent, name, None);
+        }
+    }
+
+    /// Where this fails, the guest's kernel is told that its node is stale and looks the name up again.
+    fn hold_on(&self, parent: &Pinned, name: &CStr, place: Option<(&Pinned, &CStr)>) {
+        let Ok(file) = self.entry(parent, name) else {
+            return;
+        };
+        if let Ok(stat) = sys::stat(file.as_fd()) {
+            self.nodes.hold_on(file, &stat, place);
+        }
     }
 
     /// Adds a `fuse_entry_out`. When that fails the lookup is taken back.
-    pub(super) fn put_entry(&self, body: &mut Body, parent: &Node, found: &Found) -> Result<()> {
+    pub(super) fn put_entry(&self, body: &mut Body, parent: &Pinned, found: &Found) -> Result<()> {
         self.write_entry(body, parent, found)
             .inspect_err(|_| self.unfind(found))
     }
@@ -69,7 +90,7 @@ impl Passthrough {
         self.nodes.forget(found.node.id(), 1);
     }
 
-    fn write_entry(&self, body: &mut Body, parent: &Node, found: &Found) -> Result<()> {
+    fn write_entry(&self, body: &mut Body, parent: &Pinned, found: &Found) -> Result<()> {
         let mut flags = 0;
         if self.submounts.load(Ordering::Relaxed)
             && found.node.kind() == libc::S_IFDIR

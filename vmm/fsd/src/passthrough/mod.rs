@@ -15,7 +15,7 @@ mod xattr;
 use crate::credentials::Caller;
 use crate::fuse::{Args, Body, InHeader, MAJOR, MINOR, init, op};
 use crate::handle::{Handles, OpenFile};
-use crate::node::{Node, Nodes};
+use crate::node::{Limits, Nodes, Pinned};
 use crate::sys::{self, Errno, Result};
 use husk_vmm_protocol::fs::MAX_DATA_LEN;
 use std::ffi::CStr;
@@ -83,14 +83,15 @@ struct Call<'a> {
 }
 
 impl Passthrough {
-    /// Serves what is beneath the directory `root`. `proc_fds` is a descriptor of this process's /proc/self/fd.
+    /// Serves what is beneath the directory `root`. `proc_fds` is a descriptor of this process's /proc/self/fd; the guest
+    /// makes the server keep no more than `limits`.
     ///
     /// # Errors
     /// When `root` cannot be looked at.
-    pub fn new(root: OwnedFd, proc_fds: OwnedFd) -> Result<Self> {
+    pub fn new(root: OwnedFd, proc_fds: OwnedFd, limits: Limits) -> Result<Self> {
         let stat = sys::stat(root.as_fd())?;
         Ok(Self {
-            nodes: Nodes::new(root, &stat),
+            nodes: Nodes::new(root, &stat, limits),
             handles: Handles::default(),
             proc_fds,
             submounts: AtomicBool::new(false),
@@ -241,7 +242,7 @@ impl Passthrough {
     }
 
     /// Opens a node's directory for reading. No other kind of file is ever opened for it.
-    fn open_directory(&self, node: &Node) -> Result<OwnedFd> {
+    fn open_directory(&self, node: &Pinned) -> Result<OwnedFd> {
         if node.kind() != libc::S_IFDIR {
             return Err(Errno(libc::ENOTDIR));
         }
@@ -249,7 +250,7 @@ impl Passthrough {
     }
 
     /// The entry `name` of `parent`, whose descriptor names it and nothing more.
-    fn entry(&self, parent: &Node, name: &CStr) -> Result<OwnedFd> {
+    fn entry(&self, parent: &Pinned, name: &CStr) -> Result<OwnedFd> {
         sys::open_entry(parent.fd(), name)
     }
 }

@@ -71,7 +71,11 @@ impl Passthrough {
     pub(super) fn unlink(&self, mut call: Call<'_>, directory: bool) -> Result<Answer> {
         let name = call.args.name()?;
         call.args.end()?;
-        sys::unlink(self.nodes.get(call.node)?.fd(), name, directory)?;
+        let parent = self.nodes.get(call.node)?;
+        if !directory {
+            self.before_removal(&parent, name);
+        }
+        sys::unlink(parent.fd(), name, directory)?;
         Ok(Answer::Body)
     }
 
@@ -87,12 +91,19 @@ impl Passthrough {
             return Err(Errno(libc::EINVAL));
         }
         let (from, to) = (self.nodes.get(call.node)?, self.nodes.get(to)?);
+        if flags & (libc::RENAME_NOREPLACE | libc::RENAME_EXCHANGE) == 0 {
+            self.before_removal(&to, new);
+        }
         let rename = || sys::rename(from.fd(), old, to.fd(), new, flags);
         if flags & libc::RENAME_WHITEOUT != 0 {
             // The whiteout left behind is a new file, and the caller's.
             call.caller.act(0, rename)?;
         } else {
             rename()?;
+        }
+        self.renamed(&to, new);
+        if flags & libc::RENAME_EXCHANGE != 0 {
+            self.renamed(&from, old);
         }
         Ok(Answer::Body)
     }

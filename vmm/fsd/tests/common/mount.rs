@@ -31,6 +31,11 @@ struct Bridge {
 impl Mount {
     /// Starts a server on an empty share and mounts it, in a mount namespace of the calling thread.
     pub fn new() -> Self {
+        Self::limited(None)
+    }
+
+    /// The same, of a server with a limit on open files.
+    pub fn limited(files: Option<libc::rlim_t>) -> Self {
         let fuse = OpenOptions::new()
             .read(true)
             .write(true)
@@ -42,7 +47,7 @@ impl Mount {
                  --cap-add SYS_ADMIN)."
                 )
             });
-        let mut server = Server::start();
+        let mut server = Server::start_limited(files);
         let driver = Driver::new(server.channel.take().unwrap());
         let path = server.mount_point();
         let options = format!(
