@@ -141,7 +141,7 @@ pub fn enter(share: OwnedFd, end: RawFd) -> Result<Jail, LockdownError> {
     let step = |step: &'static str| move |source: Errno| LockdownError::Step { step, source };
 
     close_from(end).map_err(step("closing descriptors that were passed by mistake"))?;
-    // As many descriptors as the host allows: each file that the guest knows takes one.
+    limits::one_heap();
     limits::nothing_but_files().map_err(|e| step("setting resource limits")(e.into()))?;
     // A file larger than RLIMIT_FSIZE is to be an error that the guest sees, not the server's end.
     // SAFETY: ignoring a signal installs no handler.

@@ -10,7 +10,7 @@ use husk_lockdown::seccomp::SeccompError;
 use husk_vmm_protocol::fs::{HEADER_LEN, MAX_REPLY_LEN, MAX_REQUEST_LEN, ReplyHeader, RequestHeader};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::sync::{Arc, mpsc};
+use std::sync::mpsc;
 
 /// Threads that carry requests out, so that one slow request does not hold up the others.
 pub const THREADS: usize = 4;
@@ -49,16 +49,17 @@ pub enum ServeError {
 /// # Errors
 /// When threads cannot be had or the channel fails otherwise.
 pub fn serve(share: Passthrough, channel: OwnedFd) -> Result<(), ServeError> {
-    let shared = Arc::new((share, channel));
+    // Never freed: the process ends with it, and to give so much memory back might take long.
+    let (share, channel) = &*Box::leak(Box::new((share, channel)));
     let (ended, end) = mpsc::channel();
     for n in 0..THREADS {
-        let (shared, ended) = (shared.clone(), ended.clone());
+        let ended = ended.clone();
         let name = format!("fs-{n}");
         std::thread::Builder::new()
             .name(name.clone())
             .spawn(move || {
                 // The receiver is gone when another thread has ended before.
-                let _ = ended.send(work(&name, &shared.0, shared.1.as_fd()));
+                let _ = ended.send(work(&name, share, channel.as_fd()));
             })
             .map_err(ServeError::Thread)?;
     }

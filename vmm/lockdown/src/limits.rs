@@ -49,3 +49,10 @@ pub fn nothing_but_files() -> io::Result<()> {
     }
     Ok(())
 }
+
+/// Has all threads use one heap: those of their own need mprotect(2), open a file of /proc when they shrink, and cost
+/// memory. To be called before there are other threads.
+pub fn one_heap() {
+    // SAFETY: the option takes a plain number. Without it a thread would be ended when its heap grows or shrinks.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+}

@@ -67,7 +67,7 @@ pub fn enter(user: Option<u32>) -> Result<(), LockdownError> {
         0 => warning!("this host's kernel has no Landlock to lock the VMM in with"),
         abi => info!("locked in by Landlock, ABI {abi}"),
     }
-    one_heap();
+    limits::one_heap();
     watch_violations()
 }
 
@@ -82,12 +82,6 @@ pub(crate) fn watch_violations() -> Result<(), LockdownError> {
         reports: Some(table::CONTROL),
     })
     .map_err(LockdownError::Violation)
-}
-
-/// Has all threads use one heap: those of their own need mprotect(2), and cost memory.
-fn one_heap() {
-    // SAFETY: the option takes a plain number. Without it a thread would be ended when its heap grows.
-    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
 }
 
 /// The bounding set can only be lowered with CAP_SETPCAP; a VMM that was started without it has nothing to lower
