@@ -54,6 +54,9 @@ pub mod status {
 /// Cycles to wait for what must come: many seconds on any machine.
 const PATIENCE: u64 = 60_000_000_000;
 
+/// How many queues of a device are brought up: all of a NIC's with two pairs.
+pub const FIRST: usize = 5;
+
 /// A device's registers.
 #[derive(Clone, Copy, Default)]
 pub struct Device {
@@ -68,7 +71,7 @@ pub struct Device {
     /// Number of its queues.
     pub queues: u16,
     /// Largest size of each of the first queues.
-    max_sizes: [u32; 4],
+    max_sizes: [u32; FIRST],
 }
 
 impl Device {
@@ -166,7 +169,7 @@ impl Device {
 
     /// Largest size of one of the first queues; that of the last of them for all others.
     pub fn max_size(&self, queue: u16) -> u32 {
-        self.max_sizes[usize::from(queue.min(3))]
+        self.max_sizes[usize::from(queue).min(FIRST - 1)]
     }
 
     /// Tells a queue's registers, whatever they are.
@@ -200,10 +203,10 @@ impl Device {
         crate::machine::RINGS + self.slot as u64 * 0x10_0000 + u64::from(queue) * 0x1_0000
     }
 
-    /// Resets the device and starts it with good queues, empty ones: at most the first four.
-    pub fn bring_up(&self, features: u64) -> [Option<Ring>; 4] {
+    /// Resets the device and starts it with good queues, empty ones: at most the [first](FIRST).
+    pub fn bring_up(&self, features: u64) -> [Option<Ring>; FIRST] {
         self.negotiate(features);
-        let mut rings = [None, None, None, None];
+        let mut rings = [const { None }; FIRST];
         for (queue, place) in (0..self.queues).zip(&mut rings) {
             let size = self.max_size(queue).min(256) as u16;
             let ring = Ring::new(self.memory(queue), size);

@@ -160,11 +160,20 @@ fn receive(device: Device, report: &mut Report, features: u64) {
     }
 }
 
-/// What may be a queue of commands.
+/// What may be a queue of commands: one of those behind the first pair.
 fn commands(device: Device, report: &mut Report, features: u64) {
-    let [_, _, Some(mut ring), _] = device.bring_up(features) else {
-        return;
-    };
+    for queue in 2..FIRST {
+        let Some(mut ring) = device.bring_up(features).into_iter().nth(queue).flatten() else {
+            return;
+        };
+        if all_commands(device, &mut ring, queue as u32) {
+            say!(report, "net: commands of all kinds to queue {queue}");
+        }
+    }
+}
+
+/// Whether anybody looked at them.
+fn all_commands(device: Device, ring: &mut Ring, queue: u32) -> bool {
     for class in [0u8, 1, 2, 3, 4, 5, 0xff] {
         for command in [0u8, 1, 2, 0xff] {
             for value in [0u16, 1, 2, 9, 0x8000, 0xffff] {
@@ -175,15 +184,14 @@ fn commands(device: Device, report: &mut Report, features: u64) {
                     ring.put(0, FRAME, length, NEXT, 1);
                     ring.put(1, FRAME + 0x1000, 1, WRITE, 0);
                     ring.offer(0);
-                    device.notify(2);
-                    // Without the feature nobody looks.
+                    device.notify(queue);
                     if !ring.wait_fresh(1, 100_000_000) {
-                        return;
+                        return false;
                     }
                     ring.take();
                 }
             }
         }
     }
-    say!(report, "net: commands of all kinds");
+    true
 }

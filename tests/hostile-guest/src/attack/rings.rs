@@ -334,7 +334,7 @@ fn registers(device: Device, report: &mut Report, places: &Places) {
         device.negotiate(FEATURES);
         for queue in 0..device.queues {
             let max = device.max_size(queue);
-            let ring = Ring::new(device.memory(queue.min(3)), max.min(256) as u16);
+            let ring = Ring::new(device.memory(queue.min(FIRST as u16 - 1)), max.min(256) as u16);
             let (size, descriptors, available, used) = make(&ring, max, places);
             // A chain that would be served if the queue were.
             ring.put(0, BUFFERS, 64, WRITE, 0);
@@ -343,7 +343,7 @@ fn registers(device: Device, report: &mut Report, places: &Places) {
         }
         device.start();
         let runs = device.runs();
-        for queue in 0..device.queues.min(4) {
+        for queue in 0..device.queues.min(FIRST as u16) {
             device.notify(queue.into());
         }
         moment();
