@@ -18,6 +18,7 @@ pub fn measure(rounds: usize) -> Vec<Figure> {
     let mut hello = Vec::new();
     let lockdown = Lockdown::new();
     let (mut locked, mut free) = (Vec::new(), Vec::new());
+    let (mut run_locked, mut run_free) = (Vec::new(), Vec::new());
     let mut whole = [Vec::new(), Vec::new()];
     let mut first = [Vec::new(), Vec::new()];
     for round in 0..rounds {
@@ -30,13 +31,21 @@ pub fn measure(rounds: usize) -> Vec<Figure> {
         let took = boot_to_hello(&[]);
         let with = boot_to_hello(&["--config", &lockdown.locked]);
         let without = boot_to_hello(&["--config", &lockdown.free]);
+        let run_with = run_true(
+            RUNTIMES[0].1,
+            &lockdown.locked_option(),
+            &format!("locked-{round}"),
+        );
+        let run_without = run_true(RUNTIMES[0].1, &lockdown.free_option(), &format!("free-{round}"));
         if counts {
             hello.push(took);
             locked.push(with);
             free.push(without);
+            run_locked.push(run_with);
+            run_free.push(run_without);
         }
         for (which, (name, runtime)) in RUNTIMES.iter().enumerate() {
-            let took = run_true(runtime, &format!("true-{name}-{round}"));
+            let took = run_true(runtime, &[], &format!("true-{name}-{round}"));
             let output = first_output(runtime, &format!("echo-{name}-{round}"));
             if counts {
                 whole[which].push(took);
@@ -53,6 +62,11 @@ pub fn measure(rounds: usize) -> Vec<Figure> {
         figure("husk: fork of the VMM to the agent's hello".into(), hello),
         figure("husk: the same, of a build that can be free".into(), locked),
         figure("husk: the same, not locked in".into(), free),
+        figure(
+            "husk: ctr run --rm … true, of a build that can be free".into(),
+            run_locked,
+        ),
+        figure("husk: the same, not locked in".into(), run_free),
     ];
     for (which, (name, _)) in RUNTIMES.iter().enumerate() {
         figures.push(figure(
@@ -104,6 +118,14 @@ impl Lockdown {
             dir,
         }
     }
+
+    fn locked_option(&self) -> [&str; 2] {
+        ["--runtime-config-path", &self.locked]
+    }
+
+    fn free_option(&self) -> [&str; 2] {
+        ["--runtime-config-path", &self.free]
+    }
 }
 
 impl Drop for Lockdown {
@@ -130,24 +152,26 @@ fn boot_to_hello(options: &[&str]) -> f64 {
         .unwrap_or_else(|| panic!("husk check booted no guest: {report}"))
 }
 
-fn ctr_run(runtime: &str, id: &str, command: &[&str]) -> Command {
+fn ctr_run(runtime: &str, options: &[&str], id: &str, command: &[&str]) -> Command {
     let mut ctr = Command::new("ctr");
-    ctr.args(["run", "--rm", "--runtime", runtime, "localhost/busybox:1", id])
+    ctr.args(["run", "--rm", "--runtime", runtime])
+        .args(options)
+        .args(["localhost/busybox:1", id])
         .args(command)
         .stdin(Stdio::null());
     ctr
 }
 
-fn run_true(runtime: &str, id: &str) -> f64 {
+fn run_true(runtime: &str, options: &[&str], id: &str) -> f64 {
     let start = Instant::now();
-    let status = ctr_run(runtime, id, &["true"]).status().unwrap();
+    let status = ctr_run(runtime, options, id, &["true"]).status().unwrap();
     assert!(status.success(), "ctr run with {runtime}: {status}");
     start.elapsed().as_secs_f64() * 1e3
 }
 
 fn first_output(runtime: &str, id: &str) -> f64 {
     let start = Instant::now();
-    let mut child = ctr_run(runtime, id, &["echo", "x"])
+    let mut child = ctr_run(runtime, &[], id, &["echo", "x"])
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();

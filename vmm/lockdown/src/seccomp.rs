@@ -7,6 +7,7 @@ use seccompiler::{
     TargetArch,
 };
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 pub use seccompiler::{BackendError as RuleError, SeccompRule as Rule};
 
@@ -89,6 +90,22 @@ pub fn memory(heap: bool) -> Result<Rules, RuleError> {
 /// When there is no such argument.
 pub fn equal(argument: u8, value: u64) -> Result<SeccompCondition, RuleError> {
     SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value)
+}
+
+/// The lower 32 bits of the argument (from 0) are one of these numbers, none of which is negative.
+///
+/// # Errors
+/// When there is no such argument.
+pub fn within(argument: u8, numbers: &Range<i32>) -> Result<Vec<SeccompCondition>, RuleError> {
+    let (first, end) = (numbers.start.unsigned_abs(), numbers.end.unsigned_abs());
+    if end.checked_sub(first) == Some(1) {
+        return Ok(vec![equal(argument, first.into())?]);
+    }
+    let compare = |op, value: u32| SeccompCondition::new(argument, SeccompCmpArgLen::Dword, op, value.into());
+    Ok(vec![
+        compare(SeccompCmpOp::Ge, first)?,
+        compare(SeccompCmpOp::Lt, end)?,
+    ])
 }
 
 /// The bits of `mask` in the argument (from 0) are those of `value`.

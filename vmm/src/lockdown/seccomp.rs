@@ -4,6 +4,7 @@
 use crate::virtio::net::vhost;
 use husk_lockdown::seccomp::{self, Allowed, Rule, RuleError, Rules, SeccompError, equal};
 use husk_vmm_protocol::fds::vmm as table;
+use std::ops::Range;
 use std::os::fd::RawFd;
 
 /// What a thread is for.
@@ -124,20 +125,23 @@ impl Role {
         [ALL, kind, own].into_iter().flatten().copied()
     }
 
-    /// Requests of ioctl(2), each with the descriptor it may be made of.
-    pub fn requests(&self) -> Vec<(RawFd, u32)> {
+    /// Requests of ioctl(2), each with the descriptors it may be made of.
+    pub fn requests(&self) -> Vec<(Range<RawFd>, u32)> {
         let Self::Vcpu { vcpu, vm, vhost } = self else {
             return Vec::new();
         };
+        let one = |fd: RawFd| fd..fd.saturating_add(1);
         let mut requests = vec![
-            (*vcpu, KVM_RUN),
-            (*vcpu, KVM_GET_REGS),
-            (*vm, KVM_SET_GSI_ROUTING),
+            (one(*vcpu), KVM_RUN),
+            (one(*vcpu), KVM_GET_REGS),
+            (one(*vm), KVM_SET_GSI_ROUTING),
+            // A driver that starts or resets its NIC chooses the tap's offloads.
+            (table::TAPS..table::VHOST, libc::TUNSETOFFLOAD as u32),
         ];
-        // A driver that starts or resets its NIC chooses the tap's offloads.
-        requests.extend((table::TAPS..table::VHOST).map(|tap| (tap, libc::TUNSETOFFLOAD as u32)));
-        for fd in (table::VHOST..table::END).take(*vhost) {
-            requests.extend(vhost::request::RUNNING.map(|request| (fd, request as u32)));
+        let served = RawFd::try_from(*vhost).unwrap_or(RawFd::MAX);
+        let end = table::VHOST.saturating_add(served).min(table::END);
+        if end > table::VHOST {
+            requests.extend(vhost::request::RUNNING.map(|request| (table::VHOST..end, request as u32)));
         }
         requests
     }
@@ -147,11 +151,10 @@ impl Role {
         let mut rules = seccomp::memory(matches!(self, Self::Device(_)))?;
         let requests = self.requests();
         if !requests.is_empty() {
-            let requests = requests.into_iter().map(|(fd, request)| {
-                Rule::new(vec![
-                    equal(0, u64::from(fd.unsigned_abs()))?,
-                    equal(1, request.into())?,
-                ])
+            let requests = requests.into_iter().map(|(descriptors, request)| {
+                let mut conditions = seccomp::within(0, &descriptors)?;
+                conditions.push(equal(1, request.into())?);
+                Rule::new(conditions)
             });
             rules.push((libc::SYS_ioctl, requests.collect::<Result<_, _>>()?));
         }
