@@ -228,6 +228,23 @@ fn a_vcpu_makes_its_own_requests_of_its_own_descriptors() {
         end_of(&role, || request(0, libc::TIOCSTI as u32)),
         violation::EXIT_CODE
     );
+    assert_eq!(
+        end_of(&role, || request(table::TAPS, libc::TUNSETOFFLOAD as u32)),
+        0
+    );
+    assert_eq!(
+        end_of(&role, || request(table::VHOST - 1, libc::TUNSETOFFLOAD as u32)),
+        0
+    );
+    for outside in [
+        || request(table::TAPS - 1, libc::TUNSETOFFLOAD as u32),
+        || request(table::VHOST, libc::TUNSETOFFLOAD as u32),
+        || request(-1, libc::TUNSETOFFLOAD as u32),
+        || request(table::TAPS, libc::TUNSETIFF as u32),
+        || request(table::VHOST + 1, vhost::request::NET_SET_BACKEND as u32),
+    ] {
+        assert_eq!(end_of(&role, outside), violation::EXIT_CODE);
+    }
     let vhost = || request(table::VHOST, vhost::request::NET_SET_BACKEND as u32);
     assert_eq!(end_of(&role, vhost), 0);
     let without = Role::Vcpu {
