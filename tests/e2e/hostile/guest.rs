@@ -99,7 +99,7 @@ fn nics_with_several_pairs_of_queues() {
 }
 
 /// The host's kernel stops serving a queue that makes no sense, and says nothing of it: so what the attack finds to
-/// stand still is not wrong.
+/// stand still is not wrong. Of itself it may say only what the README tells.
 #[test]
 fn nics_served_by_vhost_net() {
     let census = Census::take();
@@ -113,13 +113,16 @@ fn nics_served_by_vhost_net() {
     census.assert_unchanged();
 }
 
-/// What the host's kernel found wrong with itself.
-fn kernel_faults() -> String {
-    ok(&[
-        "sh",
-        "-c",
-        "dmesg | grep -E 'BUG|WARNING|Oops|Call Trace' || true",
-    ])
+/// What the host's kernel found wrong with itself, but for its known fault with frames of 2 GiB and more.
+fn kernel_faults() -> Vec<String> {
+    let log = ok(&["dmesg", "--notime"]);
+    let faults = log.lines().filter(|line| {
+        ["BUG", "WARNING", "Oops", "panic"]
+            .iter()
+            .any(|word| line.contains(word))
+            && !line.contains("copy_page_from_iter")
+    });
+    faults.map(str::to_owned).collect()
 }
 
 /// Attacks a network whose other end is a bridge, and asserts that it learns no address but the machine's own.

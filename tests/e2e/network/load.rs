@@ -243,6 +243,27 @@ fn a_host_without_vhost_net() {
     }
     fs::rename("/dev/vhost-net", "/dev/vhost-net.away").unwrap();
     let _away = Away;
+    no_vhost(&["/dev/vhost-net", "module vhost_net"]);
+}
+
+/// There a guest could end the host, see `hostile::guest`.
+#[test]
+fn a_host_that_panics_at_a_warning_serves_nothing_by_vhost_net() {
+    const SETTING: &str = "/proc/sys/kernel/panic_on_warn";
+    struct Panics;
+    impl Drop for Panics {
+        fn drop(&mut self) {
+            fs::write(SETTING, "0").unwrap();
+        }
+    }
+    fs::write(SETTING, "1").unwrap();
+    let _panics = Panics;
+    no_vhost(&["kernel.panic_on_warn"]);
+}
+
+/// A container is refused that vhost-net was to serve, with these words, and leaves nothing.
+#[track_caller]
+fn no_vhost(words: &[&str]) {
     let _config = Config::at(DEFAULT, "[network]\nvhost = true\n");
     let netns = Netns::new("husk-no-vhost");
     netns.nic("eth0", "hk-eth0", 1500);
@@ -250,7 +271,7 @@ fn a_host_without_vhost_net() {
     let bundle = Container::bundle("no-vhost", Some(&netns.path()));
     let done = ctr_run_bundle(Runtime::Husk, "no-vhost", &bundle);
     assert_ne!(done.code, 0);
-    for word in ["network.vhost", "/dev/vhost-net", "module vhost_net"] {
+    for word in ["network.vhost"].iter().chain(words) {
         assert!(done.err().contains(word), "{}", done.err());
     }
     drop(bundle);

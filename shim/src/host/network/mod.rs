@@ -156,7 +156,9 @@ impl Network {
         .map_err(host("cannot make a tap"))?;
         let vhost = (0..count).map(|_| size.vhost.then(tap::vhost).transpose());
         let vhost = vhost.collect::<io::Result<Vec<_>>>();
-        let vhost = vhost.map_err(host("network.vhost is set in husk.toml, and this host lacks it"))?;
+        let vhost = vhost.map_err(host(
+            "network.vhost is set in husk.toml, and cannot be had on this host",
+        ))?;
 
         let links = list(&mut socket)?;
         let mut slots = Vec::with_capacity(count);
