@@ -13,9 +13,23 @@ use husk_agent_protocol::messages::{
 use serde_json::json;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
+    net::UnixStream,
     time::timeout,
 };
 use ttrpc::Code;
+
+/// Reads until the text is `enough`.
+async fn read_until(stream: &mut UnixStream, enough: impl Fn(&str) -> bool) -> String {
+    let mut text = String::new();
+    while !enough(&text) {
+        let mut chunk = [0u8; 256];
+        let read = timeout(PATIENCE, stream.read(&mut chunk)).await;
+        let count = read.expect(&text).unwrap();
+        assert_ne!(count, 0, "{text}");
+        text.push_str(&String::from_utf8_lossy(&chunk[..count]));
+    }
+    text
+}
 
 #[tokio::test]
 async fn output_and_exit_code_arrive() {
@@ -298,9 +312,10 @@ async fn a_container_sees_its_own_world() {
 #[tokio::test]
 async fn exec_joins_the_container() {
     let host = Host::new().await;
-    let mut init = host.run("c", &script("echo up; cat; true")).await;
-    let mut up = [0u8; 3];
-    init.stdout.as_mut().unwrap().read_exact(&mut up).await.unwrap();
+    let mut init = host.run("c", &script("cat; true")).await;
+    // That comes back from a shell which has forked its cat.
+    init.stdin.as_mut().unwrap().write_all(b"up\n").await.unwrap();
+    read_until(init.stdout.as_mut().unwrap(), |text| text == "up\n").await;
 
     let mut streams = host
         .exec(
@@ -391,13 +406,8 @@ async fn terminals_have_a_size_and_a_name_and_control() {
     spec["process"]["consoleSize"] = json!({"width": 100, "height": 30});
     let mut streams = host.run("c", &spec).await;
     let stdout = streams.stdout.as_mut().unwrap();
-    let mut text = String::new();
-    while !text.contains("ready") {
-        let mut chunk = [0u8; 256];
-        let count = timeout(PATIENCE, stdout.read(&mut chunk)).await.unwrap().unwrap();
-        assert_ne!(count, 0, "{text}");
-        text.push_str(&String::from_utf8_lossy(&chunk[..count]));
-    }
+    // The end of a line comes by itself.
+    let text = read_until(stdout, |text| text.ends_with("ready\r\n")).await;
     assert_eq!(text, "/dev/pts/0\r\n30 100\r\nready\r\n");
     host.resize("c", "", 132, 43).await.unwrap();
     assert_eq!(streams.read().await.0, "43 132\r\n");
@@ -412,18 +422,13 @@ async fn terminals_have_a_size_and_a_name_and_control() {
     let mut streams = host.exec("d", "e", &process).await.unwrap();
     // Typed: an echo, a command, and an interrupt from the keyboard.
     let stdin = streams.stdin.as_mut().unwrap();
+    // Said by the job itself, which has the terminal by then: before, an interrupt would miss it.
     stdin
-        .write_all(b"test -t 0 && test -t 2 && echo is-a-$((1+1))ty; sleep 1000\n")
+        .write_all(b"test -t 0 && test -t 2 && sh -c 'echo is-a-$((1+1))ty; exec sleep 1000'\n")
         .await
         .unwrap();
     let stdout = streams.stdout.as_mut().unwrap();
-    let mut text = String::new();
-    while !text.contains("is-a-2ty") {
-        let mut chunk = [0u8; 256];
-        let count = timeout(PATIENCE, stdout.read(&mut chunk)).await.unwrap().unwrap();
-        text.push_str(&String::from_utf8_lossy(&chunk[..count]));
-    }
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    read_until(stdout, |text| text.contains("is-a-2ty")).await;
     stdin.write_all(b"\x03exit 9\n").await.unwrap();
     streams.read().await;
     assert_eq!(host.next_exit().await, ("d".into(), "e".into(), 9));
@@ -520,19 +525,23 @@ async fn a_writer_is_stopped_by_a_slow_reader_and_killed_by_one_that_leaves() {
     let host = Host::new().await;
     let mut streams = host.run("c", &script("yes; exit $?")).await;
     let memory = || {
-        let status = fs::read_to_string(format!("/proc/{}/status", host.agent_pid())).unwrap();
-        let line = status
+        // Counted page by page; what the status says is some way off.
+        let maps = fs::read_to_string(format!("/proc/{}/smaps_rollup", host.agent_pid())).unwrap();
+        let line = maps
             .lines()
-            .find_map(|line| line.strip_prefix("VmRSS:"))
+            .find_map(|line| line.strip_prefix("Rss:"))
             .unwrap()
             .trim()
             .to_owned();
         line.split(' ').next().unwrap().parse::<u64>().unwrap()
     };
-    tokio::time::sleep(Duration::from_millis(500)).await;
-    let before = memory();
     let stdout = streams.stdout.as_mut().unwrap();
     let mut chunk = vec![0u8; 1 << 20];
+    // Its buffers are as large then as they get.
+    stdout.read_exact(&mut chunk).await.unwrap();
+    let before = memory();
+    // Nobody reads: whoever kept what is written would grow.
+    tokio::time::sleep(Duration::from_millis(500)).await;
     for _ in 0..64 {
         stdout.read_exact(&mut chunk).await.unwrap();
     }

@@ -421,6 +421,7 @@ async fn boot(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::test_help;
 
     fn problem(found: Found) -> String {
         let Fault { problem, remedy } = found.unwrap_err();
@@ -458,12 +459,10 @@ mod tests {
 
     #[tokio::test]
     async fn programs_of_another_version_are_found_out() {
-        use std::os::unix::fs::PermissionsExt;
         let dir = tempfile::tempdir().unwrap();
         let script = |name: &str, version: &str| {
             let path = dir.path().join(name);
-            std::fs::write(&path, format!("#!/bin/sh\necho {name} {version}\n")).unwrap();
-            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+            test_help::script(&path, &format!("echo {name} {version}"));
             path
         };
         let mut programs = Programs {

@@ -12,3 +12,6 @@ pub mod engine;
 pub mod front;
 pub mod guest;
 pub mod host;
+
+#[cfg(test)]
+mod test_help;

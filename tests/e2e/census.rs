@@ -71,7 +71,7 @@ impl Census {
     /// Asserts that the host is as it was; the last of what a container left may take a moment to go.
     #[track_caller]
     pub fn assert_unchanged(&self) {
-        let end = Instant::now() + Duration::from_secs(30);
+        let end = Instant::now() + Duration::from_secs(120);
         loop {
             let now = Self::take();
             if now == *self {

@@ -226,14 +226,14 @@ fn drain(mut from: impl Read + Send + 'static) -> mpsc::Receiver<Vec<u8>> {
 /// Waits until `condition` gives a value.
 #[track_caller]
 pub fn eventually<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
-    let end = Instant::now() + Duration::from_secs(60);
+    let end = Instant::now() + Duration::from_secs(200);
     loop {
         if let Some(value) = condition() {
             return value;
         }
         if Instant::now() >= end {
             host::print_logs();
-            panic!("within a minute there was not: {what}");
+            panic!("within 200 s there was not: {what}");
         }
         thread::sleep(Duration::from_millis(200));
     }

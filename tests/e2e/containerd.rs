@@ -35,6 +35,19 @@ pub fn ctr_run_script(id: &str, script: &str) -> Running {
     Running::start(&argv, Input::Nothing)
 }
 
+/// Listens to containerd's events, from now on.
+#[track_caller]
+pub fn events() -> Running {
+    let mut events = Running::start(&["ctr", "events"], Input::Nothing);
+    // It does not say when it has begun to listen; an event of one's own shows it.
+    eventually("ctr events to listen", || {
+        let label = format!("probe={}", events.id());
+        run(&["ctr", "images", "label", BUSYBOX, &label]);
+        events.has("/images/update").then_some(())
+    });
+    events
+}
+
 /// A detached container that is removed at the end of the test, whatever becomes of it.
 pub struct Detached {
     pub id: String,
@@ -82,6 +95,14 @@ impl Detached {
             .lines()
             .find(|line| line.split_whitespace().next() == Some(&self.id))?;
         line.split_whitespace().nth(2).map(str::to_owned)
+    }
+
+    /// Waits until it is that. (containerd says UNKNOWN when it has not been answered within two seconds.)
+    #[track_caller]
+    pub fn wait_for_status(&self, status: &str) {
+        eventually(&format!("the task to be {status}"), || {
+            (self.status()? == status).then_some(())
+        });
     }
 
     #[track_caller]
@@ -180,14 +201,14 @@ fn a_killed_container_exits_137() {
 fn a_detached_container_outlives_a_restart_of_containerd() {
     let census = Census::take();
     let container = Detached::start("detached", &["sleep", "1000"]);
-    assert_eq!(container.status().as_deref(), Some("RUNNING"));
+    container.wait_for_status("RUNNING");
     let listed = ok(&["ctr", "task", "ps", "detached"]);
     assert!(
         listed.lines().count() >= 2,
         "ctr task ps shows no process: {listed}"
     );
     host::restart_containerd();
-    assert_eq!(container.status().as_deref(), Some("RUNNING"));
+    container.wait_for_status("RUNNING");
     let done = container.exec("after", &["echo", "still here"]).expect_code(0);
     assert_eq!(done.out(), "still here\n");
     container.remove();

@@ -7,7 +7,7 @@ use nix::unistd::Pid;
 
 use crate::census::Census;
 use crate::command::{Input, Running, run};
-use crate::containerd::{BUSYBOX, Detached, RUNTIME};
+use crate::containerd::{BUSYBOX, Detached, RUNTIME, events};
 use crate::host;
 
 /// Kills the process of that name while a container runs and expects the task to end with 137.
@@ -38,7 +38,7 @@ fn kill_while_running(victim: &str, id: &str) {
 #[test]
 fn the_shim_is_killed() {
     let census = Census::take();
-    let mut events = Running::start(&["ctr", "events"], Input::Nothing);
+    let mut events = events();
     let container = Detached::start("kill-shim", &["sleep", "1000"]);
     events.wait_for("/tasks/start");
     kill(

@@ -10,13 +10,13 @@ use crate::bundle::Bundle;
 use crate::case::Case;
 use crate::census::Census;
 use crate::command::{Input, Running, eventually, run};
-use crate::containerd::RUNTIME;
+use crate::containerd::{RUNTIME, events};
 use crate::host;
 
 /// A container of a test's, in the foreground.
 struct Container {
     id: String,
-    _bundle: Bundle,
+    bundle: Bundle,
     running: Running,
 }
 
@@ -39,7 +39,7 @@ impl Container {
         running.wait_for("ready");
         Self {
             id: id.to_owned(),
-            _bundle: bundle,
+            bundle,
             running,
         }
     }
@@ -144,7 +144,7 @@ fn the_oom_score_of_the_container_is_the_machine_s() {
 #[test]
 fn a_container_above_its_limit_is_killed_in_the_guest() {
     let census = Census::take();
-    let mut events = Running::start(&["ctr", "events"], Input::Nothing);
+    let mut events = events();
     let change = json!({"linux": {"resources": {"memory": {"limit": 67_108_864, "swap": 67_108_864}}}});
     let container = Container::start(
         "greedy",
@@ -168,10 +168,9 @@ fn a_machine_that_the_host_kills_is_no_success() {
     let census = Census::take();
     let parent = Path::new("/sys/fs/cgroup/husk-e2e-tight");
     fs::create_dir(parent).unwrap();
-    let mut events = Running::start(&["ctr", "events"], Input::Nothing);
+    let mut events = events();
     let change = json!({"linux": {"cgroupsPath": "/husk-e2e-tight/squeezed"}});
-    let script =
-        "echo ready; sleep 3; head -c 150000000 /dev/zero > /dev/shm/held; echo alive; exec sleep 1000";
+    let script = "echo ready; until test -e /go; do sleep 0.2; done; head -c 150000000 /dev/zero > /dev/shm/held; echo alive; exec sleep 1000";
     let container = {
         let mut change = change;
         change["mounts"] = json!([
@@ -184,6 +183,7 @@ fn a_machine_that_the_host_kills_is_no_success() {
     let now: u64 = read(&parent.join("squeezed"), "memory.current").parse().unwrap();
     fs::write(parent.join("memory.max"), (now + (20 << 20)).to_string()).unwrap();
     let _ = fs::write(parent.join("memory.swap.max"), "0");
+    fs::write(container.bundle.in_root("/go"), "").unwrap();
     events.wait_for("/tasks/oom");
     events.wait_for("\"exit_status\":137");
     drop(events);
@@ -200,11 +200,11 @@ fn the_cgroup_of_a_killed_shim_is_removed() {
     let container = Container::start("orphan", "echo ready; exec sleep 1000", &change);
     let shim = nix::unistd::Pid::from_raw(host::pid_of("containerd-shim-husk-v2"));
     nix::sys::signal::kill(shim, nix::sys::signal::Signal::SIGKILL).unwrap();
-    let Container { id, running, _bundle } = container;
+    let Container { id, running, bundle } = container;
     running.finish(Duration::from_secs(60));
     run(&["ctr", "task", "rm", "-f", &id]);
     run(&["ctr", "container", "rm", &id]).expect_code(0);
-    drop(_bundle);
+    drop(bundle);
     census.assert_unchanged();
 }
 

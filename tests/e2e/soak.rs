@@ -157,13 +157,16 @@ fn kill_by_chance(id: &str, dice: &mut Dice) {
     if dice.roll(2) == 0 {
         ok(&["ctr", "task", "kill", "-s", "SIGKILL", id]);
     } else {
-        let list = ok(&["ctr", "task", "ls"]);
-        let mut rows = list
-            .lines()
-            .map(|line| line.split_whitespace().collect::<Vec<_>>());
-        let row = rows.find(|row| row.first() == Some(&id));
-        let pid = row.unwrap_or_else(|| panic!("no {id} in {list}"))[1];
-        kill(Pid::from_raw(pid.parse().unwrap()), Signal::SIGKILL).unwrap();
+        // An engine that has waited too long for an answer lists none, or 0, which would be the suite itself.
+        let pid = eventually("the task's pid", || {
+            let list = ok(&["ctr", "task", "ls"]);
+            let mut rows = list
+                .lines()
+                .map(|line| line.split_whitespace().collect::<Vec<_>>());
+            let row = rows.find(|row| row.first() == Some(&id))?;
+            row.get(1)?.parse::<i32>().ok().filter(|pid| *pid > 0)
+        });
+        kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
     }
 }
 

@@ -50,6 +50,7 @@ fn main() -> ExitCode {
 
 /// 0 when the guest ended, whichever way.
 fn run(user: Option<u32>) -> ExitCode {
+    husk_lockdown::panics::end_the_process("husk-vmm");
     // SAFETY: this is the start of the process; nothing has made a descriptor before.
     let control = match unsafe { fds::take_control() } {
         Ok(socket) => Control::new(socket),

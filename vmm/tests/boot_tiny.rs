@@ -160,7 +160,9 @@ impl Vmm {
             .map(|(number, fd)| (*number, fd.as_raw_fd()))
             .collect();
         let mut command = Command::new(env!("CARGO_BIN_EXE_husk-vmm"));
+        // One heap is for the VMM itself to see to.
         command
+            .env_remove("MALLOC_ARENA_MAX")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped());

@@ -304,22 +304,28 @@ mod tests {
 
     #[test]
     fn a_list_has_what_there_is() {
-        let mut socket = Socket::new().unwrap();
-        let names: Vec<String> = socket
-            .dump(&links())
-            .unwrap()
-            .iter()
-            .flat_map(|link| {
-                let found = link.attributes(kind::LINK_HEADER);
-                found
-                    .filter(|found| found.kind == libc::IFLA_IFNAME)
-                    .filter_map(|found| found.text().map(str::to_owned))
-                    .collect::<Vec<_>>()
-            })
-            .collect();
-        assert!(names.contains(&"lo".to_owned()), "{names:?}");
-        // The socket is good for another one.
-        assert_eq!(socket.dump(&links()).unwrap().len(), names.len());
+        // To the machine's network another program may add a link between the two lists.
+        let alone = || {
+            // SAFETY: integers only; it is this thread's namespace alone that changes.
+            check(unsafe { libc::unshare(libc::CLONE_NEWNET) }).unwrap();
+            let mut socket = Socket::new().unwrap();
+            let names: Vec<String> = socket
+                .dump(&links())
+                .unwrap()
+                .iter()
+                .flat_map(|link| {
+                    let found = link.attributes(kind::LINK_HEADER);
+                    found
+                        .filter(|found| found.kind == libc::IFLA_IFNAME)
+                        .filter_map(|found| found.text().map(str::to_owned))
+                        .collect::<Vec<_>>()
+                })
+                .collect();
+            assert!(names.contains(&"lo".to_owned()), "{names:?}");
+            // The socket is good for another one.
+            assert_eq!(socket.dump(&links()).unwrap().len(), names.len());
+        };
+        std::thread::spawn(alone).join().unwrap();
     }
 
     #[test]

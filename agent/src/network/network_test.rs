@@ -1,6 +1,11 @@
 //! The guest's side of a network, in namespaces of the tests' own. Each test's thread is the agent's.
 
-use std::{fs, process::Command};
+use std::{
+    fs,
+    process::Command,
+    thread,
+    time::{Duration, Instant},
+};
 
 use husk_agent_protocol::messages::network::Setting;
 use husk_netlink::message::u16_at;
@@ -72,11 +77,12 @@ fn nic(slot: u32, name: &str) -> Nic {
 fn hosts(script: &str) -> wire::Network {
     let script = script.to_owned();
     let thread =
-        std::thread::spawn(move || {
+        thread::spawn(move || {
             unshare(CloneFlags::CLONE_NEWNET).unwrap();
             sh("ip link add eth0 index 41 address 02:42:0a:01:00:01 mtu 1400 type veth peer name eth1 index 42
             ip link set eth1 address 02:42:0a:01:00:02 mtu 1400
             ip link set lo up; ip link set eth0 up; ip link set eth1 up");
+            wait_for_link_local(&["eth0", "eth1"]);
             sh(&script);
             let of = |kind, length| {
                 let mut list = bodies(kind, libc::AF_INET, length);
@@ -103,6 +109,21 @@ fn hosts(script: &str) -> wire::Network {
             }
         });
     thread.join().unwrap()
+}
+
+/// Waits for the addresses that the kernel gives NICs some time after they are up, and for their routes, which come
+/// last: a view from before lacks some of them.
+fn wait_for_link_local(nics: &[&str]) {
+    let end = Instant::now() + Duration::from_secs(20);
+    loop {
+        let routes = sh("ip -6 route show");
+        let has = |nic: &&str| routes.contains(&format!("fe80::/64 dev {nic} "));
+        if nics.iter().all(has) {
+            return;
+        }
+        assert!(Instant::now() < end, "{routes}");
+        thread::sleep(Duration::from_millis(10));
+    }
 }
 
 fn u32_of(body: &[u8], at: usize) -> u32 {

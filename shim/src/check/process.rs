@@ -195,7 +195,7 @@ pub struct Limit {
 pub struct Process {
     /// Its pid on the host.
     pub pid: u32,
-    /// Its threads, by number, the first thread first.
+    /// Its threads: the first one, then the others by number.
     pub threads: Vec<Thread>,
     /// Its namespaces.
     pub namespaces: Vec<Namespace>,
@@ -239,7 +239,7 @@ impl Proc {
     /// When it has ended, or may not be looked at.
     pub fn look(&self, pid: u32, share: &Path) -> io::Result<Process> {
         let dir = self.of(pid);
-        let threads = threads(&dir)?;
+        let threads = threads(&dir, pid)?;
         let euid = threads.first().and_then(|thread| thread.uids.get(1).copied());
         Ok(Process {
             pid,
@@ -354,9 +354,12 @@ fn number<N: FromStr>(status: &str, field: &str) -> Option<N> {
     text(status, field).split_ascii_whitespace().next()?.parse().ok()
 }
 
-fn threads(dir: &Path) -> io::Result<Vec<Thread>> {
+fn threads(dir: &Path, pid: u32) -> io::Result<Vec<Thread>> {
     let mut threads = Vec::new();
-    for tid in numbers::<u32>(&dir.join("task"))? {
+    let mut tids = numbers::<u32>(&dir.join("task"))?;
+    // The kernel begins anew with low numbers when it has run out of high ones, so the first thread may have the highest.
+    tids.sort_by_key(|tid| *tid != pid);
+    for tid in tids {
         let task = dir.join("task").join(tid.to_string());
         match fs::read_to_string(task.join("status")) {
             Ok(status) => threads.push(Thread {
@@ -473,6 +476,10 @@ fn mounts(mountinfo: &str) -> BTreeSet<u32> {
 mod tests {
     use super::*;
 
+    const STATUS: &str = "Name:\tx\\nNoNewPrivs:\\t1\nUid:\t5\t6\t7\t8\nGid:\t1 1 1 1\nGroups:\t \nCapInh:\t0\n\
+                          CapPrm:\t1\nCapEff:\t2\nCapBnd:\t3\nCapAmb:\t4\nNoNewPrivs:\t0\nSeccomp:\t2\n\
+                          Seccomp_filters:\t3\n";
+
     #[test]
     fn capabilities_have_names() {
         assert_eq!(Set(0).names(), [""; 0]);
@@ -484,13 +491,24 @@ mod tests {
 
     #[test]
     fn a_hostile_name_is_no_field() {
-        let status = "Name:\tx\\nNoNewPrivs:\\t1\nUid:\t5\t6\t7\t8\nGid:\t1 1 1 1\nGroups:\t \nCapInh:\t0\nCapPrm:\t1\n\
-                      CapEff:\t2\nCapBnd:\t3\nCapAmb:\t4\nNoNewPrivs:\t0\nSeccomp:\t2\nSeccomp_filters:\t3\n";
-        let thread = thread(9, status).unwrap();
+        let thread = thread(9, STATUS).unwrap();
         assert!(!thread.no_new_privs);
         assert_eq!((thread.uids, thread.groups), (vec![5, 6, 7, 8], vec![]));
         assert_eq!((thread.seccomp, thread.filters), (2, Some(3)));
         assert_eq!(thread.capabilities.ambient, Set(4));
+    }
+
+    #[test]
+    fn the_first_thread_is_first_whatever_its_number() {
+        let dir = tempfile::tempdir().unwrap();
+        for tid in [9, 42, 100] {
+            let task = dir.path().join("task").join(tid.to_string());
+            fs::create_dir_all(&task).unwrap();
+            fs::write(task.join("status"), STATUS).unwrap();
+        }
+        let threads = threads(dir.path(), 42).unwrap();
+        let tids: Vec<u32> = threads.iter().map(|thread| thread.tid).collect();
+        assert_eq!(tids, [42, 9, 100]);
     }
 
     #[test]

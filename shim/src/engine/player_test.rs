@@ -6,7 +6,7 @@ use std::{
     io::{IoSliceMut, Read, Write},
     os::{
         fd::{AsRawFd, FromRawFd, OwnedFd},
-        unix::{fs::PermissionsExt, net::UnixStream},
+        unix::net::UnixStream,
     },
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
@@ -33,7 +33,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use ttrpc::asynchronous::{Server, ServerStreamSender, TtrpcContext, transport::Listener};
 
 use super::Programs;
-use crate::guest::vm::ChildEnds;
+use crate::{guest::vm::ChildEnds, test_help};
 
 /// How the player behaves.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -71,10 +71,7 @@ pub struct Player {
 
 impl Player {
     pub fn new(dir: &Path, character: Character) -> Self {
-        let script = |name: &str, text: &str| {
-            fs::write(dir.join(name), format!("#!/bin/sh\n{text}\n")).unwrap();
-            fs::set_permissions(dir.join(name), fs::Permissions::from_mode(0o755)).unwrap();
-        };
+        let script = |name: &str, text: &str| test_help::script(&dir.join(name), text);
         // The VMM ends when a line is written to its kernel, which is a FIFO.
         script(
             "husk-vmm",
@@ -176,10 +173,8 @@ impl Player {
         while let Some((offer, stream)) = next_offer(&vsock) {
             match offer {
                 StreamOffer::Listen(AGENT_PORT) if self.character != Character::Silent => {
-                    runtime.spawn(serve(
-                        stream,
-                        Arc::new(FakeAgent::new(self.clone(), Arc::clone(&machine))),
-                    ));
+                    let agent = FakeAgent::new(self.clone(), Arc::clone(&machine));
+                    serve_apart(stream, agent, runtime);
                 }
                 StreamOffer::Listen(port) => drop(machine.streams.lock().unwrap().insert(port, stream)),
                 StreamOffer::Connect(_) => panic!("nobody connects to the guest"),
@@ -212,6 +207,21 @@ fn next_offer(vsock: &OwnedFd) -> Option<(StreamOffer, UnixStream)> {
     // SAFETY: the kernel just gave us this descriptor.
     let stream = UnixStream::from(unsafe { OwnedFd::from_raw_fd(fd) });
     Some((StreamOffer::decode(&packet[..length]).unwrap(), stream))
+}
+
+/// Serves as long as the test's runtime lives. On one thread, which takes calls in the order in which they were sent.
+fn serve_apart(stream: UnixStream, agent: FakeAgent, test: &tokio::runtime::Handle) {
+    let (mut lives, over) = tokio::sync::oneshot::channel::<()>();
+    test.spawn(async move { lives.closed().await });
+    std::thread::spawn(move || {
+        let mut runtime = tokio::runtime::Builder::new_current_thread();
+        runtime.enable_all().build().unwrap().block_on(async {
+            tokio::select! {
+                () = serve(stream, Arc::new(agent)) => {}
+                _ = over => {}
+            }
+        });
+    });
 }
 
 async fn serve(stream: UnixStream, agent: Arc<FakeAgent>) {

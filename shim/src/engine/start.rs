@@ -362,19 +362,26 @@ impl Watcher {
 
 /// Waits until the agent cannot be relied on; tells why.
 async fn agent_lost(hello: &mut watch::Receiver<Hello>, pump: &mut JoinHandle<String>) -> String {
-    let silent = async {
-        let failure = match hello.wait_for(Option::is_some).await.map(|hello| hello.clone()) {
-            Ok(Some(Err(reason))) => Some(reason),
-            _ => None,
-        };
-        match failure {
-            Some(reason) => reason,
-            None => std::future::pending().await,
+    let mut answer = hello.clone();
+    let silent = async move {
+        match answer.wait_for(Option::is_some).await.map(|hello| hello.clone()) {
+            Ok(Some(Err(reason))) => reason,
+            _ => std::future::pending().await,
         }
     };
+    tokio::pin!(silent);
     tokio::select! {
-        reason = silent => reason,
-        reason = pump => format!("the guest's agent was lost: {}", reason.unwrap_or_else(|error| error.to_string())),
+        biased;
+        reason = &mut silent => reason,
+        reason = pump => {
+            let reason = reason.unwrap_or_else(|error| error.to_string());
+            let reason = format!("the guest's agent was lost: {reason}");
+            if matches!(*hello.borrow(), Some(Ok(_))) {
+                return reason;
+            }
+            // Setup fails by the same loss in a moment, and says more.
+            timeout(EXPLANATION, silent).await.unwrap_or(reason)
+        }
     }
 }
 
@@ -399,4 +406,37 @@ async fn pump(mut events: Events, table: Arc<Mutex<Table>>) -> String {
 /// Whether the agent has said its first word.
 pub(super) fn has_answered(agent: &Agent) -> bool {
     agent.hello().borrow().is_some()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guest::agent::GuestInfo;
+
+    /// What is told of an agent whose connection is gone, and that has answered so before or after.
+    async fn told(before: Hello, after: Hello) -> String {
+        let (sender, mut hello) = watch::channel(before);
+        let mut pump = tokio::spawn(async { "it hung up".to_owned() });
+        let answer = async {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            sender.send_replace(after);
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            reason = agent_lost(&mut hello, &mut pump) => reason,
+            () = answer => String::new(),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_setup_that_fails_by_the_loss_of_the_agent_is_told_and_not_the_loss() {
+        let (answered, failed) = (Ok(GuestInfo::default()), Err("failed at Setup".to_owned()));
+        let lost = "the guest's agent was lost: it hung up";
+        for _ in 0..20 {
+            assert_eq!(told(None, Some(failed.clone())).await, "failed at Setup");
+            assert_eq!(told(Some(failed.clone()), None).await, "failed at Setup");
+        }
+        assert_eq!(told(Some(answered.clone()), Some(answered)).await, lost);
+        assert_eq!(told(None, None).await, lost);
+    }
 }

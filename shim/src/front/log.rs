@@ -201,7 +201,11 @@ impl Write for &Lossy {
 
 #[cfg(test)]
 mod tests {
-    use std::{io::Read, os::fd::OwnedFd};
+    use std::{
+        io::Read,
+        net::Shutdown,
+        os::{fd::OwnedFd, unix::net::UnixStream},
+    };
 
     use nix::fcntl::OFlag;
 
@@ -209,7 +213,7 @@ mod tests {
 
     #[test]
     fn a_full_pipe_loses_lines_and_says_how_many() {
-        let (reader, writer) = nix::unistd::pipe2(OFlag::O_NONBLOCK).unwrap();
+        let (reader, writer) = nix::unistd::pipe2(OFlag::O_NONBLOCK | OFlag::O_CLOEXEC).unwrap();
         let (mut reader, log) = (File::from(reader), Lossy::new(File::from(writer)));
         let line = [b'x'; 4096];
         let mut lines = 0;
@@ -232,9 +236,10 @@ mod tests {
 
     #[test]
     fn a_reader_that_is_gone_is_no_error() {
-        let (reader, writer) = nix::unistd::pipe2(OFlag::O_NONBLOCK).unwrap();
-        drop::<OwnedFd>(reader);
-        let log = Lossy::new(File::from(writer));
+        // Not a pipe: a child that another test forks would have its reader, too.
+        let (reader, writer) = UnixStream::pair().unwrap();
+        reader.shutdown(Shutdown::Both).unwrap();
+        let log = Lossy::new(File::from(OwnedFd::from(writer)));
         (&log).write_all(b"line\n").unwrap();
         assert_eq!(log.dropped.load(Ordering::Relaxed), 1);
     }

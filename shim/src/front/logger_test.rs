@@ -1,7 +1,10 @@
-use std::{fs, io::Write, os::unix::fs::PermissionsExt, time::Instant};
+use std::{fs, io::Write, time::Instant};
 
 use super::*;
-use crate::front::io::{Names, open};
+use crate::{
+    front::io::{Names, open},
+    test_help,
+};
 
 const WHOSE: Whose<'_> = Whose {
     namespace: "ns",
@@ -12,9 +15,7 @@ const WHOSE: Whose<'_> = Whose {
 fn program(script: &str) -> (tempfile::TempDir, PathBuf) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("logger");
-    let text = format!("#!/bin/sh\ndir={}\n{script}\n", dir.path().display());
-    fs::write(&path, text).unwrap();
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    test_help::script(&path, &format!("dir={}\n{script}", dir.path().display()));
     (dir, path)
 }
 
@@ -102,7 +103,8 @@ async fn one_that_does_not_come_up_is_told_and_does_not_run() {
         crate::front::status::chain(&error),
         "cannot start the logging program /nonexistent/logger: No such file or directory (os error 2)"
     );
-    let (_dir, path) = program("exit 3");
+    // Its descriptor 5 is closed long after its death, which is seen by then.
+    let (_dir, path) = program("sleep 2 & exit 3");
     let error = loggers.start(&binary(&path, ""), WHOSE).await.unwrap_err();
     let text = crate::front::status::chain(&error);
     assert!(

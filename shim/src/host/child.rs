@@ -394,12 +394,12 @@ unsafe fn child(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::{fs, os::unix::fs::PermissionsExt, path::PathBuf};
+    use crate::test_help;
+    use std::{fs, path::PathBuf};
 
     fn script(dir: &Path, text: &str) -> PathBuf {
         let path = dir.join("program");
-        fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        test_help::script(&path, text);
         path
     }
 

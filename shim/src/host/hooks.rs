@@ -480,7 +480,8 @@ impl Drop for Tail {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::{fs, os::unix::fs::PermissionsExt, time::Instant};
+    use crate::test_help::{self, eventually};
+    use std::{fs, time::Instant};
 
     #[test]
     fn hooks_in_the_guest_take_as_long_as_they_may() {
@@ -508,8 +509,7 @@ mod tests {
                 .0
                 .path()
                 .join(format!("hook-{}", fs::read_dir(self.0.path()).unwrap().count()));
-            fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
-            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+            test_help::script(&path, script);
             Hook {
                 path,
                 args: vec!["name".into(), "a b".into()],
@@ -533,11 +533,30 @@ mod tests {
             fs::read_to_string(self.0.path().join(name)).unwrap_or_default()
         }
 
+        /// Waits until a hook has written to a file.
+        async fn written(&self, name: &str) {
+            let written = async {
+                while self.read(name).is_empty() {
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+            };
+            timeout(Duration::from_secs(20), written).await.unwrap();
+        }
+
         async fn run(&self, hooks: &[Hook], phase: Phase) -> Result<(), String> {
-            let state = self.state();
-            let done = run(hooks, phase, &state, &[], None, std::future::pending());
-            let done = timeout(Duration::from_secs(30), done).await.unwrap();
+            let done = self.run_until(hooks, phase, std::future::pending()).await;
             done.map_err(|error| error.to_string())
+        }
+
+        async fn run_until(
+            &self,
+            hooks: &[Hook],
+            phase: Phase,
+            cancel: impl Future<Output = ()>,
+        ) -> Result<(), HookError> {
+            let state = self.state();
+            let done = run(hooks, phase, &state, &[], None, cancel);
+            timeout(Duration::from_secs(60), done).await.unwrap()
         }
     }
 
@@ -592,38 +611,38 @@ mod tests {
     async fn a_hook_that_hangs_is_killed_with_its_group() {
         let stage = Stage::new();
         let mut hook = stage.hook("echo $$ > pid; echo waiting; sleep 1000 & echo $! > child; wait");
-        hook.timeout = Some(1);
-        let error = stage
-            .run(std::slice::from_ref(&hook), Phase::Poststart)
-            .await
-            .unwrap_err();
+        // Its time is over as soon as it has come as far as it does, however long that takes.
+        let time = async {
+            stage.written("child").await;
+            tokio::time::pause();
+            tokio::time::advance(Duration::from_secs(21)).await;
+            tokio::time::resume();
+        };
+        let hooks = std::slice::from_ref(&hook);
+        let (done, ()) = tokio::join!(stage.run(hooks, Phase::Poststart), time);
+        let error = done.unwrap_err();
         assert!(
-            error.contains("hooks.poststart[0]") && error.contains("longer than 1 s"),
+            error.contains("hooks.poststart[0]") && error.contains("longer than 20 s"),
             "{error}"
         );
         assert!(error.contains("waiting"), "{error}");
         let gone = |file: &str| {
             let pid: u32 = stage.read(file).trim().parse().unwrap();
-            let end = Instant::now() + Duration::from_secs(5);
             // A child that nobody waits for may stay as a zombie.
-            while fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z")) {
-                assert!(Instant::now() < end, "{file} lives");
-                std::thread::sleep(Duration::from_millis(10));
-            }
+            eventually(|| match fs::read_to_string(format!("/proc/{pid}/stat")) {
+                Ok(stat) if !stat.contains(") Z") => Err(format!("{file} lives: {stat}")),
+                _ => Ok(()),
+            });
+            fs::remove_file(stage.0.path().join(file)).unwrap();
         };
         gone("pid");
         gone("child");
         hook.timeout = None;
-        let error = run(
-            &[hook],
-            Phase::Prestart,
-            &stage.state(),
-            &[],
-            None,
-            tokio::time::sleep(Duration::from_millis(300)),
-        )
-        .await
-        .unwrap_err();
+        let cancel = stage.written("child");
+        let error = stage
+            .run_until(&[hook], Phase::Prestart, cancel)
+            .await
+            .unwrap_err();
         assert!(matches!(error, HookError::Cancelled { .. }), "{error}");
         gone("pid");
         gone("child");

@@ -76,7 +76,7 @@ fn an_agent_that_is_silent_is_waited_for_no_longer_than_configured() {
         ("silent-create", "CreateContainer"),
         ("silent-start", "StartContainer"),
     ] {
-        ends_with(&hostile(word, LONG, 6), word, &[125], &[call]);
+        ends_with(&hostile(word, LONG, 20), word, &[125], &[call]);
     }
     census.assert_unchanged();
 }

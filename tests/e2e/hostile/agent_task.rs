@@ -24,7 +24,7 @@ fn ctr(argv: &[&str]) -> Finished {
 #[track_caller]
 fn lies(word: &str, said: &str) {
     let census = Census::take();
-    let config = hostile(word, 120, 8);
+    let config = hostile(word, 120, 20);
     let watch = Watch::start();
     let id = format!("lie-{word}");
     ctr(&[

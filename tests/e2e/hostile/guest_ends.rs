@@ -12,7 +12,7 @@ fn ends(word: &str, said: &[&str]) {
     let config = config(
         word,
         &format!(
-            "[machine]\nmemory_mib = 96\n[guest]\nkernel = \"{}\"\nkernel_params = \"hostile={word}\"\n[timeouts]\nboot_seconds = 8\n",
+            "[machine]\nmemory_mib = 96\n[guest]\nkernel = \"{}\"\nkernel_params = \"hostile={word}\"\n[timeouts]\nboot_seconds = 30\n",
             program("hostile-guest")
         ),
     );
@@ -27,8 +27,8 @@ fn ends(word: &str, said: &[&str]) {
 fn every_way_to_end_or_not_to_is_told() {
     let census = Census::take();
     ends("triple-fault", &["triple fault"]);
-    ends("halt", &["silent for 8 s"]);
-    ends("loop", &["silent for 8 s"]);
+    ends("halt", &["silent for 30 s"]);
+    ends("loop", &["silent for 30 s"]);
     ends("run-registers", &["KVM"]);
     ends("run-nothing", &["KVM"]);
     census.assert_unchanged();

@@ -42,7 +42,7 @@ fn each(netns: &Netns, name: &str, check: impl Fn(&Container)) {
         }
         check(&container);
         drop(container);
-        assert_eq!(netns.leftovers(), "", "{name} {runtime:?}");
+        netns.assert_clean();
     }
 }
 
@@ -181,7 +181,7 @@ fn what_cannot_be_shown_is_refused() {
             assert!(done.err().contains(word), "{name}: {}", done.err());
         }
         drop(bundle);
-        assert_eq!(netns.leftovers(), "");
+        netns.assert_clean();
         census.assert_unchanged();
         drop((netns, far));
     }

@@ -42,7 +42,7 @@ fn a_volume_each_way_is_whole() {
     assert_eq!(traffic::fetch(four, volume() / 2).unwrap(), volume() / 2);
     assert_eq!(sent.join().unwrap(), volume() / 2);
     drop(container);
-    assert_eq!(netns.leftovers(), "");
+    netns.assert_clean();
 }
 
 /// On a bridge of 9,000 bytes' frames.
@@ -81,7 +81,7 @@ fn a_volume_between_two_containers_is_whole() {
     }
     for (container, netns) in containers {
         drop(container);
-        assert_eq!(netns.leftovers(), "");
+        netns.assert_clean();
     }
     drop(bridge);
 }
@@ -152,7 +152,8 @@ fn a_flood_into_a_container_that_does_not_read() {
     let socket = std::net::UdpSocket::bind("10.9.0.1:0").unwrap();
     let datagram = Noise::bytes(1400);
     let mut sent = 0;
-    while sent < volume() {
+    // More would outlast the patience of the connection.
+    while sent < volume().min(64 << 20) {
         // What the host's own queue has no room for is a part of the flood all the same.
         let _ = socket.send_to(&datagram, to);
         sent += 1400;
@@ -206,7 +207,7 @@ fn several_pairs_of_queues() {
         assert!(after.1 > before.1, "{before:?} {after:?}: a queue was not used");
     }
     drop(container);
-    assert_eq!(netns.leftovers(), "");
+    netns.assert_clean();
 }
 
 /// The host's kernel moves the frames, and the VMM's thread only its interrupts.
@@ -228,7 +229,7 @@ fn frames_moved_by_vhost_net() {
         }
         container.sh("/usr/bin/ping -n -c 2 -W 10 10.9.0.1");
         drop(container);
-        assert_eq!(netns.leftovers(), "");
+        netns.assert_clean();
     }
 }
 
@@ -275,7 +276,7 @@ fn no_vhost(words: &[&str]) {
         assert!(done.err().contains(word), "{}", done.err());
     }
     drop(bundle);
-    assert_eq!(netns.leftovers(), "");
+    netns.assert_clean();
     census.assert_unchanged();
 }
 

@@ -52,7 +52,7 @@ fn as_under_runc() {
             Some(expected) => assert_same(expected, &seen),
         }
     }
-    assert_eq!(netns.leftovers(), "");
+    netns.assert_clean();
     census.assert_unchanged();
 }
 

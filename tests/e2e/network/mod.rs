@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 
 use crate::bundle::Bundle;
 use crate::case::Runtime;
-use crate::command::{Finished, ok, run};
+use crate::command::{Finished, eventually, ok, run};
 use crate::host;
 
 /// A network namespace of a name; removed with this.
@@ -51,6 +51,16 @@ impl Netns {
              ip link set {peer} up; ip -n {netns} link set {name} up",
             netns = self.0
         ));
+    }
+
+    /// Asserts that husk has left nothing in it. An engine may have its answer a moment before the last is gone.
+    #[track_caller]
+    pub fn assert_clean(&self) {
+        eventually("a clean network namespace", || {
+            let left = self.leftovers();
+            eprint!("{left}");
+            left.is_empty().then_some(())
+        });
     }
 
     /// What husk would leave in it.

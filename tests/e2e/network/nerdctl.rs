@@ -141,7 +141,7 @@ fn hooks_are_told_the_namespace() {
         let called = run_and_stop(runtime, &id, bundle, &uri, directory.path());
         assert_eq!(called, format!("ADD {}\nDEL \n", netns.path()), "{runtime:?}");
         // Whose namespace it is, whose NIC it is.
-        assert_eq!(netns.leftovers(), "", "{runtime:?}");
+        netns.assert_clean();
         netns.sh("ip link show eth0 && ip link del eth0");
         without_bridge();
         census.assert_unchanged();

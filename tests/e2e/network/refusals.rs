@@ -6,7 +6,7 @@ use nix::unistd::Pid;
 use super::{Container, Netns, sh};
 use crate::case::{Runtime, ctr_run_bundle};
 use crate::census::Census;
-use crate::command::{eventually, ok, run};
+use crate::command::{ok, run};
 use crate::host;
 
 #[test]
@@ -43,7 +43,7 @@ fn more_nics_than_a_machine_can_have() {
         assert!(done.err().contains(word), "{}", done.err());
     }
     drop(bundle);
-    assert_eq!(netns.leftovers(), "");
+    netns.assert_clean();
     census.assert_unchanged();
 }
 
@@ -64,7 +64,7 @@ fn a_killed_shim_leaves_the_namespace_clean() {
         Signal::SIGKILL,
     )
     .unwrap();
-    eventually("a clean namespace", || netns.leftovers().is_empty().then_some(()));
+    netns.assert_clean();
     drop(container);
     // The namespace's own stack has its NIC back.
     ok(&["ping", "-n", "-c", "2", "-W", "10", "10.9.0.2"]);
@@ -76,6 +76,6 @@ fn a_killed_shim_leaves_the_namespace_clean() {
     );
     again.sh("/usr/bin/ping -n -c 2 -W 10 10.9.0.1");
     drop(again);
-    assert_eq!(netns.leftovers(), "");
+    netns.assert_clean();
     run(&["ip", "link", "del", "hk-eth0"]);
 }

@@ -27,7 +27,7 @@ fn both_ways_at_any_mtu() {
             mtu - 28
         ));
         drop(container);
-        assert_eq!(netns.leftovers(), "", "MTU {mtu}");
+        netns.assert_clean();
     }
 }
 

@@ -8,7 +8,7 @@ use ttrpc::Code;
 use super::{each, each_with};
 use crate::case::Runtime;
 use crate::census::Census;
-use crate::command::{Input, Running, eventually};
+use crate::command::eventually;
 
 const SOON: Duration = Duration::from_secs(60);
 
@@ -173,10 +173,12 @@ fn pause_and_resume() {
         shim.resume().unwrap_err();
         shim.pause().unwrap();
         assert_eq!(shim.status(""), Status::PAUSED);
-        std::thread::sleep(Duration::from_secs(1));
-        let stood = streams.out();
-        std::thread::sleep(Duration::from_secs(2));
-        assert_eq!(streams.out(), stood, "a paused container goes on");
+        // What it wrote before may still be under way.
+        let stood = eventually("a paused container to stand still", || {
+            let before = streams.out();
+            std::thread::sleep(Duration::from_secs(2));
+            (streams.out() == before).then_some(before)
+        });
         let refused = shim.delete("").unwrap_err();
         assert!(
             matches!(refused.0, Code::FAILED_PRECONDITION | Code::UNKNOWN),
@@ -194,7 +196,7 @@ fn pause_and_resume() {
         shim.pause().unwrap();
         shim.kill("", libc::SIGKILL, false).unwrap();
         let exit = shim.wait_aside("");
-        if exit.recv_timeout(Duration::from_secs(10)).is_err() {
+        if exit.recv_timeout(SOON).is_err() {
             // runc leaves it in the freezer, where no signal takes effect until it is resumed.
             assert_eq!(shim.runtime, Runtime::Runc, "a kill while paused takes no effect");
             shim.resume().unwrap();
@@ -258,14 +260,14 @@ fn a_background_child_holds_the_output_open() {
         let _streams = shim.run();
         let (streams, added) = shim.exec(
             "e",
-            &["sh", "-c", "sleep 30 & echo done; exit 5"],
+            &["sh", "-c", "sleep 1000 & echo done; exit 5"],
             serde_json::json!({}),
         );
         added.unwrap();
         shim.start_process("e").unwrap();
         let exit = shim
             .wait_aside("e")
-            .recv_timeout(Duration::from_secs(20))
+            .recv_timeout(SOON)
             .expect("the exit waits for the child")
             .unwrap();
         assert_eq!(exit.exit_status, 5);
@@ -278,18 +280,7 @@ fn a_background_child_holds_the_output_open() {
 #[test]
 fn events() {
     each(&["sh", "-c", "exit 3"], |shim| {
-        let mut events = Running::start(&["ctr", "events"], Input::Nothing);
-        // It listens a moment later than it runs; a container of its own shows when.
-        eventually("ctr events to listen", || {
-            crate::command::run(&[
-                "ctr",
-                "images",
-                "label",
-                crate::containerd::BUSYBOX,
-                &format!("probe={}", events.id()),
-            ]);
-            events.has("/images/update").then_some(())
-        });
+        let mut events = crate::containerd::events();
         shim.run();
         shim.wait("").unwrap();
         shim.delete("").unwrap();

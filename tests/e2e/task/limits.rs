@@ -6,7 +6,6 @@ use serde_json::json;
 
 use super::each_with;
 use crate::case::Runtime;
-use crate::command::{Input, Running, eventually, run};
 
 #[test]
 fn stats() {
@@ -123,17 +122,7 @@ fn out_of_memory() {
             }))
         },
         |shim| {
-            let mut events = Running::start(&["ctr", "events"], Input::Nothing);
-            eventually("ctr events to listen", || {
-                run(&[
-                    "ctr",
-                    "images",
-                    "label",
-                    crate::containerd::BUSYBOX,
-                    &format!("probe={}", events.id()),
-                ]);
-                events.has("/images/update").then_some(())
-            });
+            let mut events = crate::containerd::events();
             let (mut streams, created) = shim.create();
             created.unwrap();
             streams.open_stdin();
@@ -141,6 +130,8 @@ fn out_of_memory() {
             streams.wait_for("ready");
             streams.write(b"go\n");
             assert_eq!(shim.wait("").unwrap().exit_status, 137, "{:?}", shim.runtime);
+            // runc's shim reads it from the cgroup, which goes with the task.
+            events.wait_for("/tasks/oom");
             shim.delete("").unwrap();
             events.wait_for("/tasks/delete");
             let seen = events.seen();

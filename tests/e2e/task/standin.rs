@@ -53,7 +53,7 @@ fn a_signal_on_the_host_is_the_containers() {
         streams.wait_for("user");
         send(pid, Signal::SIGTERM);
         assert_eq!(waiting.recv_timeout(SOON).unwrap().unwrap().exit_status, 5);
-        assert!(streams.out().contains("terminated"));
+        streams.wait_for("terminated");
         gone(pid);
         shim.delete("").unwrap();
     });

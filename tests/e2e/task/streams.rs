@@ -21,7 +21,7 @@ fn console_size_and_resize() {
         },
         |shim| {
             let streams = shim.run();
-            streams.wait_for("ready");
+            streams.wait_for("ready\r\n");
             assert_eq!(streams.out(), "33 99\r\nready\r\n");
             shim.resize("", 120, 40).unwrap();
             streams.wait_for("40 120");

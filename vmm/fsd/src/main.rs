@@ -53,6 +53,7 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<(), Box<dyn Error>> {
+    husk_lockdown::panics::end_the_process("husk-fsd");
     lockdown::check_descriptors(fsd::SHARE, fsd::CHANNEL)?;
     // SAFETY: both were found open; the table gives them to this process, and nothing else here uses them.
     let (share, channel) = unsafe {

@@ -13,6 +13,7 @@ use std::cell::RefCell;
 use std::fs;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::symlink;
+use std::time::{Duration, SystemTime};
 
 const LOOKUP: u32 = 1;
 const FORGET: u32 = 2;
@@ -38,6 +39,7 @@ const CREATE: u32 = 35;
 const INTERRUPT: u32 = 36;
 const DESTROY: u32 = 38;
 const BATCH_FORGET: u32 = 42;
+const FALLOCATE: u32 = 43;
 const READDIRPLUS: u32 = 44;
 const RENAME2: u32 = 45;
 const TMPFILE: u32 = 51;
@@ -362,12 +364,19 @@ fn the_guest_keeps_its_cache_while_the_file_is_as_it_was() {
     c.init();
     let f = c.server.share().join("f");
     fs::write(&f, "one").unwrap();
+    let touch = |at| {
+        let file = fs::File::options().write(true).open(&f).unwrap();
+        file.set_modified(at).unwrap();
+    };
+    // Young however long this test takes.
+    touch(SystemTime::now() + Duration::from_secs(3600));
     let node = c.look_up(ROOT, c"f").u64(0);
     let mut open = || c.ask(OPEN, node, &Args::new().u32(0).u32(0)).u32(8) & KEEP_CACHE != 0;
     assert!(!open());
     // Just written: another change could leave no mark.
     assert!(!open());
-    let settle = || std::thread::sleep(std::time::Duration::from_millis(150));
+    let settle = || std::thread::sleep(Duration::from_millis(150));
+    touch(SystemTime::now());
     settle();
     assert!(!open());
     assert!(open());
@@ -379,7 +388,7 @@ fn the_guest_keeps_its_cache_while_the_file_is_as_it_was() {
 
 #[test]
 fn when_descriptors_run_out_the_server_says_so_and_recovers() {
-    let mut c = Client::before(Server::start_limited(Some(64)));
+    let mut c = Client::before(Server::start_limited(Some((libc::RLIMIT_NOFILE, 64))));
     c.init();
     fs::write(c.server.share().join("file"), "").unwrap();
     let file = c.look_up(ROOT, c"file").u64(0);
@@ -511,13 +520,21 @@ fn hostile_request() -> impl Strategy<Value = (u32, u64, Vec<u8>)> {
     (opcode, node, words, proptest::collection::vec(name, 0..3)).prop_map(|(opcode, node, words, names)| {
         let mut body: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
         body.extend(names.concat());
+        // What is allocated beyond a file's end, RLIMIT_FSIZE does not bound. (What punches holes allocates nothing.)
+        match body.get_mut(24) {
+            Some(mode) if opcode == FALLOCATE && *mode & libc::FALLOC_FL_PUNCH_HOLE as u8 == 0 => {
+                *mode &= !(libc::FALLOC_FL_KEEP_SIZE as u8);
+            }
+            _ => {}
+        }
         (opcode, node, body)
     })
 }
 
 #[test]
 fn any_request_is_answered_and_nothing_outside_changes() {
-    let mut c = Client::new();
+    // Or a FALLOCATE could take all of the host's disk.
+    let mut c = Client::before(Server::start_limited(Some((libc::RLIMIT_FSIZE, 128 << 20))));
     c.init();
     let outside = c.server.outside().to_owned();
     fs::write(outside.join("outside"), "untouched").unwrap();

@@ -6,7 +6,7 @@ mod common;
 
 use common::mount::Mount;
 use common::posix::{self, as_user, errno};
-use common::server::{check, mount_tmpfs, posix_path};
+use common::server::{check, mount_tmpfs, posix_path, without_forks};
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions, Permissions};
@@ -866,6 +866,7 @@ fn locks_hold_between_processes() {
         .write(true)
         .open(m.path("f"))
         .unwrap();
+    let _alone = without_forks();
     // SAFETY: no pointers are involved.
     assert_eq!(unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX) }, 0);
     // SAFETY: the child makes system calls alone, then ends.
@@ -968,6 +969,7 @@ fn times_and_file_system_facts() {
 #[test]
 fn programs_run_from_the_share() {
     let m = Mount::new();
+    let _alone = without_forks();
     fs::copy(std::env::current_exe().unwrap(), m.path("program")).unwrap();
     for _ in 0..2 {
         let output = std::process::Command::new(m.path("program"))

@@ -1,7 +1,7 @@
 //! What a program of husk's that serves a guest gives up before it does: being the host's user, seeing the host's
 //! namespaces and files ([`namespaces`]), resources ([`limits`]), files, ports and other processes ([`landlock`]), and at
 //! last, thread by thread, all system calls that are not needed ([`seccomp`]). What it then tries all the same is told
-//! by [`violation`].
+//! by [`violation`], and what goes wrong by [`panics`].
 
 #![deny(missing_docs)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::indexing_slicing))]
@@ -11,6 +11,7 @@ pub mod captured;
 pub mod landlock;
 pub mod limits;
 pub mod namespaces;
+pub mod panics;
 pub mod seccomp;
 pub mod violation;
 

@@ -39,6 +39,10 @@ fn end_of(role: &Role, act: fn()) -> i32 {
     unsafe {
         match libc::fork() {
             0 => {
+                // Other tests' descriptors: reports and requests would reach them, and hang-ups would wait for this child.
+                if libc::close_range(3, u32::MAX, 0) < 0 {
+                    libc::_exit(98);
+                }
                 super::super::watch_violations().unwrap();
                 if limit("test", role).is_err() {
                     libc::_exit(99);
@@ -257,4 +261,15 @@ fn a_vcpu_makes_its_own_requests_of_its_own_descriptors() {
         end_of(&Role::Main, || request(400, KVM_RUN)),
         violation::EXIT_CODE
     );
+}
+
+#[test]
+fn a_panic_ends_the_process_as_one_in_every_role() {
+    for role in roles() {
+        let end = end_of(&role, || {
+            husk_lockdown::panics::end_the_process("husk-vmm");
+            panic!("what a thread finds wrong");
+        });
+        assert_eq!(end, husk_lockdown::panics::EXIT_CODE, "{role:?}");
+    }
 }

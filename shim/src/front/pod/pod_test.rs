@@ -22,6 +22,7 @@ use super::*;
 use crate::config::Source;
 use crate::engine::{Character, Player, SandboxConfig, StartError, start_played};
 use crate::front::options::Options;
+use crate::test_help;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 const PROCESS: &str = r#"{"args":["sleep"]}"#;
@@ -432,17 +433,15 @@ async fn out_of_memory_is_told_before_the_exit() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_log_is_complete_when_the_container_is_deleted() {
-    use std::os::unix::fs::PermissionsExt;
     let theatre = Theatre::open().await;
     let dir = theatre.dir.path();
     let (logger, log, input) = (dir.join("logger"), dir.join("log"), dir.join("input"));
     // It takes its time, and only it knows that the log is complete.
     let script = format!(
-        "#!/bin/sh\nexec 5>&-; cat <&3 >{log}.part; cat <&4 >>{log}.part; sleep 0.3; echo $CONTAINER_NAMESPACE/$CONTAINER_ID >>{log}.part; mv {log}.part {log}\n",
+        "exec 5>&-; cat <&3 >{log}.part; cat <&4 >>{log}.part; sleep 0.3; echo $CONTAINER_NAMESPACE/$CONTAINER_ID >>{log}.part; mv {log}.part {log}",
         log = log.display()
     );
-    fs::write(&logger, script).unwrap();
-    fs::set_permissions(&logger, fs::Permissions::from_mode(0o755)).unwrap();
+    test_help::script(&logger, &script);
     fs::write(&input, "logged\n").unwrap();
     let names = Names {
         stdin: input.to_str().unwrap().to_owned(),

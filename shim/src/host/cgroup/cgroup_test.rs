@@ -3,7 +3,10 @@
 use std::{os::fd::OwnedFd, sync::Arc};
 
 use super::*;
-use crate::host::child::{Child, End, Program, Surroundings, spawn_in};
+use crate::{
+    host::child::{Child, End, Program, Surroundings, spawn_in},
+    test_help,
+};
 
 /// The hierarchies, with a root of the test's own. `None` where cgroups cannot be made, as in some containers.
 fn hierarchies(name: &str) -> Option<(Hierarchies, Wanted)> {
@@ -29,8 +32,7 @@ fn nobody() -> u32 {
 async fn start(cgroup: &Arc<Cgroup>, script: &str) -> (Child, tempfile::TempDir) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("program");
-    fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
-    fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    test_help::script(&path, script);
     let null: OwnedFd = File::options().write(true).open("/dev/null").unwrap().into();
     let program = Program {
         path: &path,

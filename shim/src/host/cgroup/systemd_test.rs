@@ -222,7 +222,8 @@ fn silence_and_nonsense_end_in_time() {
                 answer(serial)
             }
         });
-        let mut bus = connect_to(&dir, Duration::from_millis(300));
+        let mut bus = connect_to(&dir, START);
+        bus.deadline = Instant::now() + Duration::from_millis(300);
         start_on(&mut bus, &unit(), 1, &Limits::default()).unwrap_err();
         drop(bus);
         peer.join().unwrap();

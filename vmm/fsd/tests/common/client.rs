@@ -134,7 +134,7 @@ impl Client {
         assert!(self.channel.send(packet).unwrap(), "the channel is full");
     }
 
-    /// Waits up to 10 seconds for a packet. `None` at the channel's end.
+    /// Waits up to two minutes for a packet: a SYNCFS takes what the host's disk takes. `None` at the channel's end.
     pub fn receive(&self) -> Option<Reply> {
         let mut buffer = vec![0; REPLY_BUFFER_LEN];
         let mut poll = libc::pollfd {
@@ -143,7 +143,7 @@ impl Client {
             revents: 0,
         };
         // SAFETY: one entry, as the call is told, which lives through it.
-        let ready = unsafe { libc::poll(&raw mut poll, 1, 10_000) };
+        let ready = unsafe { libc::poll(&raw mut poll, 1, 120_000) };
         assert_eq!(ready, 1, "the server does not answer");
         match self.channel.receive(&mut buffer).unwrap() {
             Receive::Packet(packet) => {

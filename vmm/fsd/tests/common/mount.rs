@@ -47,7 +47,7 @@ impl Mount {
                  --cap-add SYS_ADMIN)."
                 )
             });
-        let mut server = Server::start_limited(files);
+        let mut server = Server::start_limited(files.map(|files| (libc::RLIMIT_NOFILE, files)));
         let driver = Driver::new(server.channel.take().unwrap());
         let path = server.mount_point();
         let options = format!(

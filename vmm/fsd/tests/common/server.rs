@@ -7,7 +7,15 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use tempfile::TempDir;
+
+/// Keeps this program's other tests from forking. Until it executes another program, a child has all descriptors of all
+/// tests: a file stays open for writing, or locked, after its test has closed it.
+pub fn without_forks() -> MutexGuard<'static, ()> {
+    static FORK: Mutex<()> = Mutex::new(());
+    FORK.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// A server and its share, in a mount namespace of the calling thread.
 pub struct Server {
@@ -23,8 +31,8 @@ impl Server {
         Self::start_limited(None)
     }
 
-    /// The same, with a limit on open files.
-    pub fn start_limited(files: Option<libc::rlim_t>) -> Self {
+    /// The same, with a limit on a resource: the soft one is half of the hard one.
+    pub fn start_limited(limit: Option<(libc::__rlimit_resource_t, libc::rlim_t)>) -> Self {
         // SAFETY: geteuid cannot fail.
         let root = unsafe { libc::geteuid() } == 0;
         assert!(
@@ -48,7 +56,7 @@ impl Server {
             .open(&share)
             .unwrap();
         let (ours, theirs) = packet_pair();
-        let child = spawn(share_fd, theirs, files);
+        let child = spawn(share_fd, theirs, limit);
         Self {
             child,
             channel: Some(ours),
@@ -90,8 +98,10 @@ impl Drop for Server {
     }
 }
 
-fn spawn(share: File, channel: OwnedFd, files: Option<libc::rlim_t>) -> Child {
+fn spawn(share: File, channel: OwnedFd, limit: Option<(libc::__rlimit_resource_t, libc::rlim_t)>) -> Child {
     let mut command = Command::new(env!("CARGO_BIN_EXE_husk-fsd"));
+    // One heap is for the server itself to see to.
+    command.env_remove("MALLOC_ARENA_MAX");
     command.stdin(Stdio::null()).stdout(Stdio::null());
     // SAFETY: between fork and exec only async-signal-safe calls are made.
     unsafe {
@@ -100,16 +110,17 @@ fn spawn(share: File, channel: OwnedFd, files: Option<libc::rlim_t>) -> Child {
             let channel = check(libc::fcntl(channel.as_raw_fd(), libc::F_DUPFD, 10))?;
             check(libc::dup2(share, husk_vmm_protocol::fds::fsd::SHARE))?;
             check(libc::dup2(channel, husk_vmm_protocol::fds::fsd::CHANNEL))?;
-            if let Some(files) = files {
+            if let Some((resource, most)) = limit {
                 let limit = libc::rlimit {
-                    rlim_cur: files / 2,
-                    rlim_max: files,
+                    rlim_cur: most / 2,
+                    rlim_max: most,
                 };
-                check(libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit))?;
+                check(libc::setrlimit(resource, &raw const limit))?;
             }
             Ok(())
         });
     }
+    let _alone = without_forks();
     command.spawn().unwrap()
 }
 

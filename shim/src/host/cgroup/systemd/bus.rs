@@ -193,7 +193,8 @@ pub struct Bus {
     stream: UnixStream,
     /// Whether others are there, too, so that messages need an address.
     shared: bool,
-    deadline: Instant,
+    /// All has to be done by then.
+    pub(super) deadline: Instant,
     serial: u32,
     /// Jobs that ended while a reply was awaited, with their results.
     jobs: Vec<(String, String)>,
