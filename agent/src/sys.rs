@@ -73,21 +73,33 @@ pub unsafe fn clone3_sibling(flags: u64, cgroup: BorrowedFd<'_>) -> io::Result<O
 
 /// openat2(2): opens `path` beneath `dir`, `flags` and `mode` as for open(2), `resolve` of `RESOLVE_…`.
 pub fn openat2(dir: BorrowedFd<'_>, path: &CStr, flags: i32, mode: u32, resolve: u64) -> io::Result<OwnedFd> {
+    /// A `..` is not resolved while anything on the machine is mounted or renamed, and the caller is to try again.
+    const ATTEMPTS: usize = 1000;
     // SAFETY: all-zero is a valid open_how.
     let mut how: libc::open_how = unsafe { std::mem::zeroed() };
     how.flags = (flags | libc::O_CLOEXEC) as u64;
     how.mode = u64::from(mode);
     how.resolve = resolve;
-    // SAFETY: path is a C string and how a valid open_how of the size given.
-    own(unsafe {
-        libc::syscall(
-            libc::SYS_openat2,
-            dir.as_raw_fd(),
-            path.as_ptr(),
-            &raw const how,
-            size_of::<libc::open_how>(),
-        )
-    })
+    let mut opened = Err(io::ErrorKind::WouldBlock.into());
+    for _ in 0..ATTEMPTS {
+        // SAFETY: path is a C string and how a valid open_how of the size given.
+        opened = own(unsafe {
+            libc::syscall(
+                libc::SYS_openat2,
+                dir.as_raw_fd(),
+                path.as_ptr(),
+                &raw const how,
+                size_of::<libc::open_how>(),
+            )
+        });
+        if !opened
+            .as_ref()
+            .is_err_and(|error: &io::Error| error.kind() == io::ErrorKind::WouldBlock)
+        {
+            break;
+        }
+    }
+    opened
 }
 
 /// Opens a copy of the mount at the descriptor `at`: with its submounts if `recursive`.
@@ -407,4 +419,34 @@ pub fn enter_namespaces(of: BorrowedFd<'_>, kinds: i32) -> io::Result<()> {
     // SAFETY: a descriptor and flags.
     check(unsafe { libc::setns(of.as_raw_fd(), kinds) }.into())?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use std::{fs, os::fd::AsFd, sync::mpsc, thread};
+
+    #[test]
+    fn paths_that_lead_up_are_resolved_while_others_rename() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir_all(dir.path().join("a/b/c")).unwrap();
+        let (stop, stopped) = mpsc::channel::<()>();
+        let (from, to) = (dir.path().join("from"), dir.path().join("to"));
+        fs::write(&from, "").unwrap();
+        let renaming = thread::spawn(move || {
+            while let Err(mpsc::TryRecvError::Empty) = stopped.try_recv() {
+                fs::rename(&from, &to).unwrap();
+                fs::rename(&to, &from).unwrap();
+            }
+        });
+        let root = fs::File::open(dir.path()).unwrap();
+        for _ in 0..20_000 {
+            let path = c"a/../a/b/../b/c/../../../a/b/c";
+            let opened = openat2(root.as_fd(), path, libc::O_PATH, 0, libc::RESOLVE_IN_ROOT);
+            opened.unwrap();
+        }
+        drop(stop);
+        renaming.join().unwrap();
+    }
 }

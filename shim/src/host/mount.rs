@@ -257,11 +257,20 @@ pub fn open_path(path: &Path) -> io::Result<OwnedFd> {
 /// The kernel's.
 pub fn open_in_root(root: &Path, path: &str) -> io::Result<OwnedFd> {
     use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
+    /// A `..` is not resolved while anything on the host is mounted or renamed, and the caller is to try again.
+    const ATTEMPTS: usize = 1000;
     let dir = open_path(root)?;
     let how = OpenHow::new()
         .flags(OFlag::O_PATH | OFlag::O_CLOEXEC | OFlag::O_DIRECTORY)
         .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
-    Ok(openat2(&dir, path.trim_start_matches('/'), how)?)
+    let mut opened = Err(Errno::EAGAIN);
+    for _ in 0..ATTEMPTS {
+        opened = openat2(&dir, path.trim_start_matches('/'), how);
+        if !matches!(opened, Err(Errno::EAGAIN)) {
+            break;
+        }
+    }
+    Ok(opened?)
 }
 
 /// How a tree is cloned.
@@ -569,6 +578,27 @@ mod tests {
         );
         assert_eq!(refused.unwrap_err().kind(), io::ErrorKind::Unsupported);
         unmount(dir.path()).unwrap();
+    }
+
+    #[test]
+    fn links_that_lead_up_are_followed_while_others_rename() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir_all(dir.path().join("a/b")).unwrap();
+        std::os::unix::fs::symlink("../../../a/../a/b", dir.path().join("a/link")).unwrap();
+        let (stop, stopped) = std::sync::mpsc::channel::<()>();
+        let (from, to) = (dir.path().join("from"), dir.path().join("to"));
+        fs::write(&from, "").unwrap();
+        let renaming = std::thread::spawn(move || {
+            while let Err(std::sync::mpsc::TryRecvError::Empty) = stopped.try_recv() {
+                fs::rename(&from, &to).unwrap();
+                fs::rename(&to, &from).unwrap();
+            }
+        });
+        for _ in 0..20_000 {
+            open_in_root(dir.path(), "/a/link").unwrap();
+        }
+        drop(stop);
+        renaming.join().unwrap();
     }
 
     #[test]
