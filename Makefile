@@ -92,7 +92,7 @@ e2e-programs:
 e2e: build e2e-programs ## the end-to-end suites, under containerd 1.7 and 2.1, and Docker 26
 	@tests/run-e2e $(TESTS)
 
-# What can go otherwise on two processors. Not all: emulated, with two, the host itself dies every few hundred boots.
+# What can go otherwise on two processors, which take turns in one thread of the emulator.
 ON_TWO := sizing:: config::resources::cpu crash:: hostile::guest network:: soak:: streams:: task:: walls::
 
 .PHONY: test-long

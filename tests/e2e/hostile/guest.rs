@@ -70,7 +70,31 @@ fn sockets_and_files_withstand_lies_and_floods() {
 #[test]
 fn consoles_and_logs_can_be_flooded() {
     let census = Census::take();
-    attack(&["console", "cpu"], |_| ());
+    attack(&["console"], |_| ());
+    let said = attack_with("cpu", "vcpus = 1\n", |_| ());
+    assert_says(&said, &["hostile: cpu: all was tried, 0 wrong"]);
+    census.assert_unchanged();
+}
+
+/// A processor that starts at nonsense may end the machine, and ends nothing else.
+#[test]
+fn processors_can_be_started_anywhere() {
+    let census = Census::take();
+    let neighbour = Detached::start("hostile-neighbour", &["sleep", "1000"]);
+    let config = hostile("cpu", "vcpus = 2\nmax_vcpus = 2\n");
+    let bundle = Bundle::busybox(&["true"]);
+    let done = husk_run(&config, &bundle, "hostile-cpu", DEADLINE).expect_code(125);
+    let said = done.err();
+    assert_says(&said, &["hostile: cpu: other processors"]);
+    let ends = [
+        "hostile: cpu: all was tried, 0 wrong",
+        "the vCPU cannot run",
+        "triple fault",
+    ];
+    assert!(ends.iter().any(|end| said.contains(end)), "{said}");
+    let done = neighbour.exec("after", &["echo", "undisturbed"]).expect_code(0);
+    assert_eq!(done.out(), "undisturbed\n");
+    neighbour.remove();
     census.assert_unchanged();
 }
 

@@ -4,10 +4,19 @@
 use super::{Container, Netns, assert_same, sh, view};
 use crate::case::{Runtime, ctr_run_bundle};
 use crate::census::Census;
-use crate::command::{Input, Running, eventually};
+use crate::command::{Input, Running, eventually, run};
 
 /// The NIC that others share, `hk-lower`, and behind it 10.9.0.1 and 2001:db8:9::1 in a namespace.
-fn lower() -> Netns {
+struct Lower(Netns);
+
+impl Drop for Lower {
+    fn drop(&mut self) {
+        // With the namespace it would go, too, but some time later, and the next test counts what there is.
+        run(&["ip", "link", "del", "hk-lower"]);
+    }
+}
+
+fn lower() -> Lower {
     let far = Netns::new("husk-far");
     sh("ip link del hk-lower 2> /dev/null || true
         ip link add hk-lower type veth peer name far0 netns husk-far
@@ -15,7 +24,7 @@ fn lower() -> Netns {
     far.sh(
         "ip link set far0 up; ip addr add 10.9.0.1/24 dev far0; ip addr add 2001:db8:9::1/64 dev far0 nodad",
     );
-    far
+    Lower(far)
 }
 
 /// A NIC on `hk-lower`, for which `kind` is what `ip link add` is told.
@@ -64,9 +73,9 @@ fn macvlan_and_ipvlan() {
             for to in ["10.9.0.1", "2001:db8:9::1", "10.9.0.3", "2001:db8:9::3"] {
                 container.sh(&format!("/usr/bin/ping -n -c 2 -i 0.3 -W 10 -s 4000 {to}"));
             }
-            far.sh("ping -n -c 2 -i 0.3 -W 10 -s 4000 10.9.0.2");
+            far.0.sh("ping -n -c 2 -i 0.3 -W 10 -s 4000 10.9.0.2");
             beside.sh("ping -n -c 2 -i 0.3 -W 10 -s 4000 2001:db8:9::2");
-            stream(container, Some(&far), "10.9.0.1");
+            stream(container, Some(&far.0), "10.9.0.1");
             stream(container, Some(&beside), "10.9.0.3");
         });
         drop((netns, beside, far));
@@ -80,14 +89,14 @@ fn ipvlan_of_the_third_layer() {
     let census = Census::take();
     let far = lower();
     sh("ip addr add 10.9.0.254/24 dev hk-lower");
-    far.sh("ip route add 10.10.0.0/24 via 10.9.0.254");
+    far.0.sh("ip route add 10.10.0.0/24 via 10.9.0.254");
     let netns = upper("ipvlan mode l3", "husk-upper");
     netns
         .sh("ip link set eth0 up; ip addr add 10.10.0.2/24 dev eth0; ip route add default dev eth0; sleep 3");
     each(&netns, "ipvlan-l3", |container| {
         container.sh("/usr/bin/ping -n -c 2 -i 0.3 -W 10 -s 4000 10.9.0.1");
-        far.sh("ping -n -c 2 -i 0.3 -W 10 -s 4000 10.10.0.2");
-        stream(container, Some(&far), "10.9.0.1");
+        far.0.sh("ping -n -c 2 -i 0.3 -W 10 -s 4000 10.10.0.2");
+        stream(container, Some(&far.0), "10.9.0.1");
     });
     drop((netns, far));
     census.assert_unchanged();

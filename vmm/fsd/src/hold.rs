@@ -25,6 +25,8 @@ pub struct Found<'a> {
     pub name: &'a CStr,
 }
 
+const STALE: Errno = Errno(libc::ESTALE);
+
 /// The same, remembered.
 #[derive(Clone, Debug)]
 struct Place {
@@ -56,7 +58,6 @@ impl Place {
     /// # Errors
     /// ESTALE if it is not, upon which the guest's kernel looks the name up again.
     fn open(&self, key: &Key, kind: u32) -> Result<OwnedFd> {
-        const STALE: Errno = Errno(libc::ESTALE);
         let directory = self.directory.hold().held().ok_or(STALE)?;
         let file = sys::open_entry(directory.as_fd(), &self.name).map_err(|error| match error.0 {
             libc::ENOENT | libc::ENOTDIR => STALE,
@@ -110,7 +111,7 @@ impl Hold {
             match (&state.file, &state.place) {
                 (Some(file), _) => return Ok((file.clone(), false)),
                 (None, Some(place)) => place.clone(),
-                (None, None) => return Err(Errno(libc::ESTALE)),
+                (None, None) => return Err(STALE),
             }
         };
         Ok(self.take(Arc::new(place.open(key, kind)?)))
@@ -170,11 +171,12 @@ impl Hold {
         let (Some(file), Some(place)) = (file, place) else {
             return false;
         };
-        // Renamed or unlinked, by the host or under another of its names.
-        let lost = place.open(key, kind).is_err();
+        let found = place.open(key, kind);
         let mut state = lock(&self.0);
-        if lost {
-            if state.place.as_ref().is_some_and(|now| now.is(place.found())) {
+        if let Err(error) = found {
+            // Renamed or unlinked, by the host or under another of its names. Any other error says nothing of the file:
+            // there may be no descriptor left to look with.
+            if error == STALE && state.place.as_ref().is_some_and(|now| now.is(place.found())) {
                 state.place = None;
             }
             return false;
