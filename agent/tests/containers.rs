@@ -701,3 +701,31 @@ async fn what_the_wire_brings_does_not_end_the_agent() {
         }
     }
 }
+
+#[tokio::test]
+async fn an_exec_as_its_container_ends_is_told_that_it_does_not_run() {
+    let host = Host::new().await;
+    for round in 0..60 {
+        let _streams = host.run("c", &spec(&["sleep", "1000"])).await;
+        let process = process(&["true"]);
+        let kill = async {
+            // Over the whole length of an exec.
+            tokio::time::sleep(Duration::from_micros(round * 150)).await;
+            host.signal("c", "", libc::SIGKILL, false).await.unwrap();
+        };
+        let (started, ()) = tokio::join!(host.try_exec("c", "e", &process), kill);
+        match started {
+            Ok(_) => {
+                let mut exits = [host.next_exit().await, host.next_exit().await];
+                exits.sort();
+                assert_eq!(exits[0], ("c".into(), String::new(), 137));
+                assert_eq!(exits[1].1, "e");
+            }
+            Err(refused) => {
+                assert_eq!(refused, Err(Code::FAILED_PRECONDITION), "round {round}");
+                assert_eq!(host.next_exit().await, ("c".into(), String::new(), 137));
+            }
+        }
+        host.delete("c").await.unwrap();
+    }
+}

@@ -228,9 +228,21 @@ pub fn load(kind: u32, attach: u32, name: &str, program: &[Instruction]) -> io::
     for (to, from) in shown.iter_mut().zip(name.bytes()) {
         *to = from;
     }
-    // SAFETY: the attributes are those of the command; the addresses in them are of the length said, and of a C string,
-    // and outlive the call, which only reads there. The answer is a new descriptor.
-    unsafe { make(PROG_LOAD, &attributes) }
+    /// The kernel gives up a check when a signal comes, as a child's end is to the agent, and is to be asked again.
+    const ATTEMPTS: usize = 100;
+    let mut loaded = Err(io::ErrorKind::WouldBlock.into());
+    for _ in 0..ATTEMPTS {
+        // SAFETY: the attributes are those of the command; the addresses in them are of the length said, and of a C
+        // string, and outlive the call, which only reads there. The answer is a new descriptor.
+        loaded = unsafe { make(PROG_LOAD, &attributes) };
+        if !loaded
+            .as_ref()
+            .is_err_and(|error: &io::Error| error.kind() == io::ErrorKind::WouldBlock)
+        {
+            break;
+        }
+    }
+    loaded
 }
 
 /// bpf(2), by a command that answers a new descriptor.

@@ -119,15 +119,19 @@ impl Root {
                     };
                     match made {
                         Ok(()) => self.open(&next, libc::O_PATH)?,
-                        // It cannot be opened and yet is there: a link to nothing.
-                        Err(Errno::EEXIST) => {
-                            let target = readlinkat(&parent, *name)?;
-                            let rest = names.get(index.saturating_add(1)..).unwrap_or_default();
-                            // join() starts anew at an absolute target, as the kernel would, in the root.
-                            return Ok(Made::Link(
-                                done.join(target).join(rest.iter().collect::<PathBuf>()),
-                            ));
-                        }
+                        Err(Errno::EEXIST) => match self.open(&next, libc::O_PATH) {
+                            // It cannot be opened and yet is there: a link to nothing.
+                            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {
+                                let target = readlinkat(&parent, *name)?;
+                                let rest = names.get(index.saturating_add(1)..).unwrap_or_default();
+                                // join() starts anew at an absolute target, as the kernel would, in the root.
+                                return Ok(Made::Link(
+                                    done.join(target).join(rest.iter().collect::<PathBuf>()),
+                                ));
+                            }
+                            // Another sandbox that shares the volume has made it just now.
+                            result => result?,
+                        },
                         Err(error) => return Err(error.into()),
                     }
                 }
@@ -166,6 +170,22 @@ mod tests {
         assert!(directory.path().join("a/file").is_file());
         assert!(root.ensure(Path::new("/a/file"), Kind::Directory).is_err());
         assert!(root.ensure(Path::new("/a/b"), Kind::File).is_err());
+    }
+
+    #[test]
+    fn two_that_make_the_same_both_find_it() {
+        let directory = tempfile::tempdir().unwrap();
+        for round in 0..300 {
+            for kind in [Kind::Directory, Kind::File] {
+                let path = PathBuf::from(format!("/{kind:?}/{round}/a/b"));
+                std::thread::scope(|scope| {
+                    let make = || root(directory.path()).ensure(&path, kind).unwrap();
+                    let other = scope.spawn(make);
+                    make();
+                    other.join().unwrap();
+                });
+            }
+        }
     }
 
     #[test]

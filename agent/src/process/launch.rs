@@ -65,6 +65,8 @@ impl Channel {
             .await;
         match received {
             Ok(report) => report,
+            // It is gone, and had not read all that was sent to it.
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => Report::Closed,
             Err(error) => Report::Fault(Fault::system("read from the new process", error)),
         }
     }
@@ -320,4 +322,19 @@ fn first_steps(reporter: &Reporter, keep: &[RawFd]) -> Result<(), Fault> {
 
     nix::unistd::setsid().map_err(|error| Fault::system("setsid", error))?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[tokio::test]
+    async fn one_that_is_gone_before_it_read_go_is_gone_and_no_fault() {
+        let (channel, theirs) = socket().unwrap();
+        channel.go();
+        drop(theirs);
+        let report = channel.report().await;
+        assert!(matches!(report, Report::Closed), "{report:?}");
+    }
 }

@@ -1,6 +1,6 @@
 //! Starting a further process in a container.
 
-use std::{os::fd::AsRawFd, sync::Arc};
+use std::{fs, os::fd::AsRawFd, sync::Arc};
 
 use husk_agent_protocol::messages;
 use oci_spec::runtime::Process as ProcessSpec;
@@ -39,7 +39,9 @@ impl Sandbox {
             channel,
             pipes,
             mut ended,
-        } = self.fork_exec(&id, &exec, &plan, &ports)?;
+        } = self
+            .fork_exec(&id, &exec, &plan, &ports)
+            .map_err(|error| self.unless_ending(&id, error))?;
         let _preparing = Preparing::new(self.state().container(&id)?);
         let started = async {
             let (master, streams) =
@@ -74,9 +76,19 @@ impl Sandbox {
                 if let Ok(container) = self.state().container(&id) {
                     container.execs.remove(&exec);
                 }
-                Err(fault.into())
+                Err(self.unless_ending(&id, fault.into()))
             }
         }
+    }
+
+    /// What made an exec fail; if its container is ending meanwhile, that. The kernel tells it in many ways: there is no
+    /// such process to join, a pid namespace without its init has no memory for more, what is in it is killed.
+    fn unless_ending(&self, id: &str, error: Error) -> Error {
+        let mut state = self.state();
+        let ending = state
+            .container(id)
+            .is_ok_and(|container| container.init.phase.has_ended() || is_exiting(container.init.pid));
+        if ending { not_running(id) } else { error }
     }
 
     fn fork_exec(
@@ -89,9 +101,7 @@ impl Sandbox {
         let mut state = self.state();
         let container = state.container(id)?;
         if !container.init.phase.can_be_joined() || container.deleting {
-            return Err(Error::FailedPrecondition(format!(
-                "container {id} is not running"
-            )));
+            return Err(not_running(id));
         }
         if container.freezer != Freezer::Thawed {
             return Err(Error::FailedPrecondition(format!("container {id} is paused")));
@@ -132,6 +142,24 @@ impl Sandbox {
             ended,
         })
     }
+}
+
+/// Whether a process, not reaped yet, has begun to exit: of an init the first that can be seen. See proc_pid_stat(5).
+fn is_exiting(pid: i32) -> bool {
+    const FLAGS: usize = 6;
+    /// `linux/sched.h`.
+    const PF_EXITING: u32 = 4;
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // What follows the name, in which there can be anything.
+    let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields);
+    let flags = fields.split_whitespace().nth(FLAGS);
+    flags
+        .and_then(|flags| flags.parse::<u32>().ok())
+        .is_some_and(|flags| flags & PF_EXITING != 0)
+}
+
+fn not_running(id: &str) -> Error {
+    Error::FailedPrecondition(format!("container {id} is not running"))
 }
 
 /// An exec on its way, which a pause waits for.

@@ -1,15 +1,20 @@
 //! Removing a sandbox without its engine: by its record and by what is mounted in its directory.
 
-use std::{io, path::Path, time::Duration};
+use std::{
+    io,
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use husk_agent_protocol::limits::is_valid_id;
+use tokio::time::sleep;
 
 use super::{CleanupError, hooks::Poststop, places::Places, record::Record, status};
 use crate::host::{
     mount::unmount_below,
     ringlog,
     share::remove_mount_points,
-    statedir::{self, StateDir},
+    statedir::{self, Claim, StateDir},
 };
 
 /// How long a killed process may take to be gone.
@@ -20,10 +25,39 @@ const KILL: Duration = Duration::from_secs(3);
 /// # Errors
 /// For what could not be removed; the rest is.
 pub async fn cleanup(namespace: &str, id: &str) -> Result<(), CleanupError> {
-    cleanup_in(Places::default(), namespace, id).await
+    cleanup_of_dead(Places::default(), namespace, id).await
 }
 
-pub(super) async fn cleanup_in(places: Places, namespace: &str, id: &str) -> Result<(), CleanupError> {
+/// Keeps engines away meanwhile: the next sandbox of that id may be on its way, and what is removed must not be its. One
+/// that an engine has stays as it is.
+pub(super) async fn cleanup_of_dead(places: Places, namespace: &str, id: &str) -> Result<(), CleanupError> {
+    check(namespace, id)?;
+    let path = StateDir::path_of(&places.run, namespace, id);
+    if !path.exists() {
+        return Ok(());
+    }
+    // One that was killed may take a moment to be gone.
+    let end = Instant::now() + KILL;
+    let lock = loop {
+        let claim = StateDir::claim(&places.run, namespace, id).map_err(|source| CleanupError::Host {
+            what: format!("cannot lock {}", path.display()),
+            source,
+        })?;
+        match claim {
+            Claim::New(lock) | Claim::Stale(lock) => break lock,
+            Claim::Taken if Instant::now() < end => sleep(Duration::from_millis(50)).await,
+            Claim::Taken => {
+                tracing::info!(path = %path.display(), "an engine has the sandbox: nothing is removed");
+                return Ok(());
+            }
+        }
+    };
+    let result = cleanup_in(places, namespace, id).await;
+    drop(lock);
+    result
+}
+
+fn check(namespace: &str, id: &str) -> Result<(), CleanupError> {
     for name in [namespace, id] {
         if !is_valid_id(name) {
             return Err(CleanupError::InvalidArgument(format!(
@@ -31,6 +65,11 @@ pub(super) async fn cleanup_in(places: Places, namespace: &str, id: &str) -> Res
             )));
         }
     }
+    Ok(())
+}
+
+pub(super) async fn cleanup_in(places: Places, namespace: &str, id: &str) -> Result<(), CleanupError> {
+    check(namespace, id)?;
     let path = StateDir::path_of(&places.run, namespace, id);
     let dir = path.clone();
     let removed = tokio::task::spawn_blocking(move || {

@@ -14,7 +14,14 @@ use tokio::{
 };
 
 pub use super::player_test::Player;
-use super::{cleanup::cleanup_in, places::Places, player_test::Character, start::start, table::KILLED, *};
+use super::{
+    cleanup::{cleanup_in, cleanup_of_dead},
+    places::Places,
+    player_test::Character,
+    start::start,
+    table::KILLED,
+    *,
+};
 use crate::host::{pid::Identity, rootfs::Mount};
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -665,6 +672,31 @@ async fn what_an_engine_left_behind_is_removed_by_its_record() {
     stage.clean_up().await;
     assert!(cleanup_in(stage.places.clone(), "ns", "../s").await.is_err());
     soon(sandbox.shutdown()).await;
+    stage.assert_nothing_is_left();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_an_engine_has_is_not_removed() {
+    let stage = Stage::new(Character::Good);
+    let (sandbox, _events) = stage.start().await;
+    soon(cleanup_of_dead(stage.places.clone(), "ns", "s"))
+        .await
+        .unwrap();
+    assert!(soon(sandbox.ready()).await.is_ok());
+    soon(sandbox.create(stage.request("c", "exit0", Stdio::default())))
+        .await
+        .unwrap();
+    soon(sandbox.shutdown()).await;
+    stage.assert_nothing_is_left();
+    // Nor is anything made where there is nothing.
+    soon(cleanup_of_dead(stage.places.clone(), "ns", "s"))
+        .await
+        .unwrap();
+    stage.assert_nothing_is_left();
+    fs::create_dir_all(stage.share().join("c/rootfs")).unwrap();
+    soon(cleanup_of_dead(stage.places.clone(), "ns", "s"))
+        .await
+        .unwrap();
     stage.assert_nothing_is_left();
 }
 

@@ -3,7 +3,7 @@
 use std::{
     io,
     sync::{Arc, Mutex},
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use husk_agent_protocol::limits::is_valid_id;
@@ -48,6 +48,9 @@ use crate::{
 
 /// Longest hostname, in bytes (`__NEW_UTS_LEN`).
 const MAX_HOSTNAME: usize = 64;
+
+/// How long somebody else may have the sandbox's directory.
+const TAKEN: Duration = Duration::from_secs(3);
 
 /// How long the machine may take to tell of its own end after the agent was lost with it.
 const EXPLANATION: Duration = Duration::from_secs(2);
@@ -173,10 +176,13 @@ pub(super) async fn start(
             // A machine that is gone can tell why.
             let gone = error.kind() == io::ErrorKind::BrokenPipe;
             let patience = if gone { EXPLANATION } else { Duration::ZERO };
-            let own = timeout(patience, machine.ended()).await.ok();
+            let ended = machine.ended();
+            tokio::pin!(ended);
+            let mut own = timeout(patience, &mut ended).await.ok();
             if own.is_none() {
                 machine.kill();
-                machine.ended().await;
+                // As it is killed here, that it was is no reason.
+                own = Some(ended.await).filter(|own| gone && !own.contains("was killed by SIGKILL"));
             }
             let console_tail = machine.console_tail();
             return Err(match own {
@@ -265,7 +271,15 @@ async fn claim(config: &SandboxConfig, places: &Places) -> Result<StateDir, Star
         what: format!("cannot make the directory {}", path.display()),
         source,
     };
-    match StateDir::claim(&places.run, &config.namespace, &config.id).map_err(failed)? {
+    // Who cleans up after an earlier one, or is about to end, has it for a moment.
+    let end = Instant::now() + TAKEN;
+    let claim = loop {
+        match StateDir::claim(&places.run, &config.namespace, &config.id).map_err(failed)? {
+            Claim::Taken if Instant::now() < end => sleep(Duration::from_millis(50)).await,
+            claim => break claim,
+        }
+    };
+    match claim {
         Claim::New(dir) => Ok(dir),
         Claim::Taken => Err(StartError::AlreadyExists(config.id.clone())),
         Claim::Stale(dir) => {
@@ -324,8 +338,14 @@ impl Watcher {
                 Ok(reason) => reason,
                 Err(_) => {
                     machine.kill();
-                    machine_end.await;
-                    fault
+                    let own = machine_end.await;
+                    let (_, starved) = explain(self.cgroup.as_deref(), own.clone());
+                    // Of a machine that ended by this it says nothing; one may also be slow to be taken down.
+                    if own.contains("was killed by SIGKILL") && !starved {
+                        fault
+                    } else {
+                        own
+                    }
                 }
             },
         };

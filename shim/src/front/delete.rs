@@ -100,10 +100,14 @@ pub async fn delete(invocation: &Invocation) -> Vec<u8> {
             Ok(Err(error)) => tracing::warn!("{}", chain(&error)),
             Err(_) => tracing::warn!("the clean-up of {sandbox} took too long and is not complete"),
         }
-        if let Err(error) = socket::remove(&server(&bundle, invocation, &sandbox)) {
-            tracing::warn!("the server's socket is left: {error}");
+        // Where this has outlived its caller, the next of that id may be here.
+        let server = server(&bundle, invocation, &sandbox);
+        if !socket::is_served(&server).unwrap_or(false) {
+            if let Err(error) = socket::remove(&server) {
+                tracing::warn!("the server's socket is left: {error}");
+            }
+            unmount(&bundle.join("rootfs"));
         }
-        unmount(&bundle.join("rootfs"));
     }
     response(pid)
 }

@@ -29,6 +29,10 @@ pub const TTRPC_ADDRESS: &str = "TTRPC_ADDRESS";
 /// Time for containerd's program to tell its version.
 const VERSION_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// Time for a server whose sandbox is being shut down to end: containerd waits for it for three seconds only, and what
+/// the guest has written may have to reach a slow disk.
+const ENDING: Duration = Duration::from_secs(30);
+
 /// Where the last answer of containerd's program is kept. Not in /run/husk, which is empty when nothing runs.
 const VERSION_CACHE: &str = "/run/husk-containerd-version";
 
@@ -76,7 +80,13 @@ pub fn start(invocation: &Invocation, stdin: &[u8]) -> Result<Vec<u8>, StartErro
         .map_err(host("cannot name the socket"))?;
     let address = format!("unix://{}", path.display());
 
-    let claim = socket::claim(&path).map_err(host(format!("cannot make the socket {}", path.display())))?;
+    // A sandbox's first container is started once, so a server that is there already is about to end.
+    let patience = if sandbox == invocation.id {
+        ENDING
+    } else {
+        Duration::ZERO
+    };
+    let claim = claim(&path, patience).map_err(host(format!("cannot make the socket {}", path.display())))?;
     if let Claim::Ours(listener) = claim {
         // The socket listens already: whoever connects waits there until the server serves. Nobody has to wait here.
         let spawned = spawn(
@@ -101,6 +111,17 @@ pub fn start(invocation: &Invocation, stdin: &[u8]) -> Result<Vec<u8>, StartErro
         version_of_caller(&invocation.publish_binary)
     };
     Ok(answer.encode(&address))
+}
+
+/// [`socket::claim`]; whoever serves there may take so long to end.
+fn claim(path: &Path, patience: Duration) -> io::Result<Claim> {
+    let end = Instant::now() + patience;
+    loop {
+        match socket::claim(path)? {
+            Claim::Served if Instant::now() < end => std::thread::sleep(Duration::from_millis(50)),
+            claim => return Ok(claim),
+        }
+    }
 }
 
 fn spawn(
@@ -281,6 +302,23 @@ mod tests {
         let path = dir.path().join("containerd");
         test_help::script(&path, text);
         (dir, path)
+    }
+
+    #[test]
+    fn a_server_that_is_about_to_end_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let Claim::Ours(old) = claim(&path, Duration::ZERO).unwrap() else {
+            panic!()
+        };
+        assert!(matches!(claim(&path, Duration::ZERO).unwrap(), Claim::Served));
+        let ending = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(300));
+            drop(old);
+        });
+        let new = claim(&path, Duration::from_secs(60)).unwrap();
+        assert!(matches!(new, Claim::Ours(_)));
+        ending.join().unwrap();
     }
 
     #[test]
