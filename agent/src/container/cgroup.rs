@@ -1,9 +1,13 @@
 //! A container's cgroup.
 
 use std::{
+    ffi::CString,
     fs::{self, File},
     io::{self, Write},
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -12,7 +16,7 @@ use super::{
     changes::{Changes, counter},
     resources::Setting,
 };
-use crate::fault::Fault;
+use crate::{fault::Fault, sys};
 
 /// Bounds on what a container makes below its cgroup, so that removing it is bounded, too.
 const MAX_DEPTH: &str = "64";
@@ -65,6 +69,44 @@ impl Cgroup {
     /// For clone3.
     pub fn directory(&self) -> BorrowedFd<'_> {
         self.directory.as_fd()
+    }
+
+    /// Where a further process goes: here, or, where the container has handed controllers on to cgroups below, so that
+    /// none may be here any more (as systemd does), where its init process `init` is.
+    ///
+    /// # Errors
+    ///
+    /// No descriptor is to be had.
+    pub fn for_exec(&self, init: i32) -> io::Result<OwnedFd> {
+        let handed_on = fs::read_to_string(self.path.join("cgroup.subtree_control")).unwrap_or_default();
+        if !handed_on.trim().is_empty() {
+            let told = fs::read_to_string(format!("/proc/{init}/cgroup")).unwrap_or_default();
+            if let Some(below) = told
+                .lines()
+                .find_map(|line| self.below(line.strip_prefix("0::/")?))
+            {
+                let flags = libc::O_RDONLY | libc::O_DIRECTORY;
+                let resolve = libc::RESOLVE_BENEATH | libc::RESOLVE_NO_SYMLINKS;
+                // It can move meanwhile; then the kernel says why the process cannot be here.
+                if let Ok(found) = sys::openat2(self.directory(), &below, flags, 0, resolve) {
+                    return Ok(found);
+                }
+            }
+        }
+        self.directory.try_clone()
+    }
+
+    /// What of a cgroup's path, from the root of the hierarchy, is below this one.
+    fn below(&self, path: &str) -> Option<CString> {
+        let all = Path::new(path);
+        let own = all
+            .ancestors()
+            .filter(|it| !it.as_os_str().is_empty() && self.path.ends_with(it))
+            .last()?;
+        let below = all.strip_prefix(own).ok()?;
+        CString::new(below.as_os_str().as_bytes())
+            .ok()
+            .filter(|below| !below.is_empty())
     }
 
     /// Where it is.

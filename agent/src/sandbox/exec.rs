@@ -1,6 +1,10 @@
 //! Starting a further process in a container.
 
-use std::{fs, os::fd::AsRawFd, sync::Arc};
+use std::{
+    fs,
+    os::fd::{AsFd, AsRawFd},
+    sync::Arc,
+};
 
 use husk_agent_protocol::messages;
 use oci_spec::runtime::Process as ProcessSpec;
@@ -14,6 +18,7 @@ use super::{
 use crate::{
     container::create,
     document,
+    fault::Fault,
     process::{
         launch::{self, Report},
         plan::ProcessPlan,
@@ -110,6 +115,8 @@ impl Sandbox {
             return Err(Error::AlreadyExists(format!("process {exec} of container {id}")));
         }
         let (process_end, pipes) = process_stdio(plan, container.mappings.as_ref(), ports)?;
+        let place = container.cgroup.for_exec(container.init.pid);
+        let place = place.map_err(|error| Fault::system("open the container's cgroup", error))?;
         let (init, namespaces) = (&container.pidfd, &container.namespaces);
         let mut keep = descriptors(&process_end);
         keep.push(init.as_raw_fd());
@@ -118,7 +125,7 @@ impl Sandbox {
             launch::fork_through(
                 || create::approach(plan, init, namespaces),
                 0,
-                container.cgroup.directory(),
+                place.as_fd(),
                 &keep,
                 plan.shared.oom_score_adj,
                 |reporter, ()| match create::join(plan, init, namespaces, &process_end, reporter) {

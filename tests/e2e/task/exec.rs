@@ -266,3 +266,25 @@ fn many_at_once() {
         });
     });
 }
+
+/// As systemd does: the kernel takes no process into a cgroup that has handed controllers on to those below it.
+#[test]
+fn into_a_container_that_has_cgroups_of_its_own() {
+    const SCRIPT: &str = "mkdir /sys/fs/cgroup/init && echo 1 > /sys/fs/cgroup/init/cgroup.procs && \
+        echo +pids > /sys/fs/cgroup/cgroup.subtree_control && echo ready; exec sleep 1000";
+    each_with(
+        &["sh", "-c", SCRIPT],
+        |bundle| {
+            bundle.namespace(json!({"type": "cgroup"}));
+            let mounts = bundle.spec["mounts"].as_array_mut().unwrap();
+            mounts.retain(|mount| mount["type"] != "cgroup");
+            mounts.push(json!({"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["rw"]}));
+        },
+        |shim| {
+            let streams = shim.run();
+            streams.wait_for("ready");
+            let (out, code) = shim.exec_to_end("e", &["cat", "/proc/self/cgroup"], json!({}));
+            assert_eq!((out.as_str(), code), ("0::/init\n", 0));
+        },
+    );
+}
