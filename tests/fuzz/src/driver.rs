@@ -117,6 +117,8 @@ struct Chain {
     room: Vec<(u64, u32)>,
     /// Nobody else has had any of that since.
     alone: bool,
+    /// Address of its indirect table.
+    table: Option<u64>,
 }
 
 fn overlap(one: &[(u64, u32)], other: &[(u64, u32)]) -> bool {
@@ -333,11 +335,21 @@ impl Driver {
                 alone = false;
             }
         }
+        let chains = self.queues.iter().flat_map(|queue| queue.chains.values());
+        let taken: Vec<u64> = chains.filter_map(|chain| chain.table).collect();
         let Some(queue) = self.queues.get_mut(number) else {
             return;
         };
         let wanted = if indirect { 1 } else { parts.len() };
         if parts.is_empty() || queue.free.len() < wanted {
+            return;
+        }
+        let place = match queue.free.get(queue.free.len() - wanted) {
+            Some(head) if indirect => TABLES + u64::from(head % 32) * 0x80,
+            _ => queue.base,
+        };
+        // A driver that keeps the rules leaves a table alone that a chain of another queue is in.
+        if indirect && taken.contains(&place) {
             return;
         }
         let indices = queue.free.split_off(queue.free.len() - wanted);
@@ -347,11 +359,6 @@ impl Driver {
             indices.clone()
         };
         let head = indices[0];
-        let place = if indirect {
-            TABLES + u64::from(head % 32) * 0x80
-        } else {
-            queue.base
-        };
         let mut room = vec![];
         for (at, (address, length, write)) in parts.iter().enumerate() {
             let next = table.get(at + 1).copied();
@@ -367,6 +374,7 @@ impl Driver {
             self.ram.write(queue.base + 16 * u64::from(head), &bytes);
         }
         let chain = Chain {
+            table: indirect.then_some(place),
             descriptors: indices,
             alone: alone && !overlap(&room, &places[..places.len() - room.len()]),
             room,
@@ -408,6 +416,7 @@ impl Driver {
                     descriptors,
                     room,
                     alone,
+                    table: _,
                 }) = chain
                 {
                     queue.free.extend(descriptors);
