@@ -14,7 +14,21 @@ use crate::host;
 pub struct Census(BTreeMap<String, usize>);
 
 impl Census {
+    /// What is there once it stands still: what the test before left may take a moment to go.
     pub fn take() -> Self {
+        let end = Instant::now() + Duration::from_secs(30);
+        let mut last = Self::count();
+        loop {
+            thread::sleep(Duration::from_millis(100));
+            let now = Self::count();
+            if now == last || Instant::now() >= end {
+                return now;
+            }
+            last = now;
+        }
+    }
+
+    fn count() -> Self {
         let mut found = BTreeMap::new();
         let mut add = |what: String| *found.entry(what).or_insert(0) += 1;
         for process in host::processes() {
@@ -73,7 +87,7 @@ impl Census {
     pub fn assert_unchanged(&self) {
         let end = Instant::now() + Duration::from_secs(120);
         loop {
-            let now = Self::take();
+            let now = Self::count();
             if now == *self {
                 return;
             }

@@ -29,6 +29,7 @@ fn every_way_to_end_or_not_to_is_told() {
     ends("triple-fault", &["triple fault"]);
     ends("halt", &["silent for 30 s"]);
     ends("loop", &["silent for 30 s"]);
+    ends("smi", &["system management mode"]);
     ends("run-registers", &["KVM"]);
     ends("run-nothing", &["KVM"]);
     census.assert_unchanged();

@@ -75,6 +75,11 @@ pub enum Stop {
     /// An exit that this machine should never see.
     #[error("an unexpected exit of the vCPU: {0}")]
     Unexpected(String),
+    /// KVM ended the machine, which it does without a word of its own. Known for a guest that sends itself a system
+    /// management interrupt: the processor's state is saved to memory that only this mode sees, and no machine here has
+    /// any (`enter_smm` in arch/x86/kvm/smm.c).
+    #[error("KVM has ended the machine, as it does when the guest asks for system management mode")]
+    Dead(#[source] kvm_ioctls::Error),
     /// The call itself failed.
     #[error("the vCPU cannot run")]
     Run(#[source] kvm_ioctls::Error),
@@ -175,6 +180,7 @@ fn run_once(vcpu: &mut VcpuFd, bus: &Bus) -> Option<Stop> {
         Ok(exit) => exit,
         // A signal, or a vCPU that was reset meanwhile.
         Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => return None,
+        Err(e) if e.errno() == libc::EIO => return Some(Stop::Dead(e)),
         Err(e) => return Some(Stop::Run(e)),
     };
     match exit {

@@ -187,10 +187,18 @@ pub fn end(word: &str, report: &mut Report) {
         "triple-fault" => triple_fault(),
         "halt" => halt(),
         "loop" => jump_to_self(),
+        "smi" => system_management(),
         "run-registers" => jump(0xc000_0000),
         "run-nothing" => jump(0xd000_0000),
         _ => wrong!(report, "there is no attack of that name"),
     }
+}
+
+/// Interrupts itself into system management mode.
+fn system_management() -> ! {
+    store(LOCAL_APIC + 0x310, 0u32);
+    store(LOCAL_APIC + 0x300, 0x0_0200u32);
+    jump_to_self()
 }
 
 fn jump_to_self() -> ! {
