@@ -3,7 +3,7 @@
 //! The state machine knows nothing of queues and tables. It is told of packets from the guest and of events of
 //! the stream, and it is asked for the next packet to the guest.
 
-use super::credit::Credit;
+use super::credit::{BUF_ALLOC, Credit};
 use super::offers::is_hung_up;
 use super::packet::{Header, Op, Ports, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 use crate::virtio::buffers::{Buffers, retry};
@@ -151,6 +151,12 @@ impl Connection {
         self.backlog.len()
     }
 
+    /// Bytes that are taken to hold them.
+    #[cfg(test)]
+    pub fn backlog_memory(&self) -> usize {
+        self.backlog.capacity()
+    }
+
     /// Whether there is data for which the guest has no room.
     #[cfg(test)]
     pub fn waits_for_credit(&self) -> bool {
@@ -226,8 +232,19 @@ impl Connection {
             if count == 0 {
                 return true;
             }
-            self.backlog.extend(chunk.iter().take(count));
+            self.keep(chunk.get(..count).unwrap_or(&chunk));
         }
+    }
+
+    /// Appends to the backlog. By itself its memory would double beyond the credit.
+    fn keep(&mut self, data: &[u8]) {
+        let needed = self.backlog.len().saturating_add(data.len());
+        if needed > self.backlog.capacity() {
+            let doubled = self.backlog.capacity().saturating_mul(2).min(BUF_ALLOC as usize);
+            let more = needed.max(doubled).saturating_sub(self.backlog.len());
+            self.backlog.reserve_exact(more);
+        }
+        self.backlog.extend(data);
     }
 
     fn forwarded(&mut self, count: usize) {

@@ -115,6 +115,18 @@ fn shutdown_flags_of_the_guest_add_up() {
     assert_eq!(pair.receive(Op::Shutdown, SHUTDOWN_SEND | 0xf0, b""), Fate::Reset);
 }
 
+#[test]
+fn what_nobody_reads_takes_no_more_memory_than_the_credit() {
+    let mut pair = Pair::new();
+    let mut sent = 0;
+    while pair.receive(Op::Rw, 0, &[7; 4000]) == Fate::Live {
+        sent += 4000;
+        assert!(sent < 100 * BUF_ALLOC, "the credit is without end");
+    }
+    assert!(pair.connection.backlog() > BUF_ALLOC as usize - 4000);
+    assert!(pair.connection.backlog_memory() <= BUF_ALLOC as usize);
+}
+
 proptest! {
     #[test]
     fn any_order_of_things_keeps_the_buffer_and_ends(
