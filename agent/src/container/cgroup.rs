@@ -83,7 +83,7 @@ impl Cgroup {
             let told = fs::read_to_string(format!("/proc/{init}/cgroup")).unwrap_or_default();
             if let Some(below) = told
                 .lines()
-                .find_map(|line| self.below(line.strip_prefix("0::/")?))
+                .find_map(|line| below(&self.path, line.strip_prefix("0::/")?))
             {
                 let flags = libc::O_RDONLY | libc::O_DIRECTORY;
                 let resolve = libc::RESOLVE_BENEATH | libc::RESOLVE_NO_SYMLINKS;
@@ -94,19 +94,6 @@ impl Cgroup {
             }
         }
         self.directory.try_clone()
-    }
-
-    /// What of a cgroup's path, from the root of the hierarchy, is below this one.
-    fn below(&self, path: &str) -> Option<CString> {
-        let all = Path::new(path);
-        let own = all
-            .ancestors()
-            .filter(|it| !it.as_os_str().is_empty() && self.path.ends_with(it))
-            .last()?;
-        let below = all.strip_prefix(own).ok()?;
-        CString::new(below.as_os_str().as_bytes())
-            .ok()
-            .filter(|below| !below.is_empty())
     }
 
     /// Where it is.
@@ -237,6 +224,19 @@ impl Cgroup {
     }
 }
 
+/// What of a cgroup's path, from the root of the hierarchy, is below the cgroup whose directory is `directory`.
+fn below(directory: &Path, path: &str) -> Option<CString> {
+    let all = Path::new(path);
+    // The longest that fits: a container can be called as the directory is that it is in.
+    let own = all
+        .ancestors()
+        .find(|it| !it.as_os_str().is_empty() && directory.ends_with(it))?;
+    let below = all.strip_prefix(own).ok()?;
+    CString::new(below.as_os_str().as_bytes())
+        .ok()
+        .filter(|below| !below.is_empty())
+}
+
 fn children(directory: &Path) -> Vec<PathBuf> {
     let Ok(entries) = fs::read_dir(directory) else {
         return Vec::new();
@@ -256,5 +256,29 @@ fn remove_tree(directory: &Path) -> io::Result<()> {
     match fs::remove_dir(directory) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn what_is_below_is_found_whatever_the_container_is_called() {
+        let below = |directory: &str, path| {
+            below(Path::new(directory), path).map(|found| found.into_string().unwrap())
+        };
+        assert_eq!(
+            below("/sys/fs/cgroup/husk/c", "husk/c/init.scope").as_deref(),
+            Some("init.scope")
+        );
+        assert_eq!(
+            below("/sys/fs/cgroup/husk/husk", "husk/husk/a/b").as_deref(),
+            Some("a/b")
+        );
+        assert_eq!(below("/sys/fs/cgroup/husk/c", "husk/c"), None);
+        assert_eq!(below("/sys/fs/cgroup/husk/c", "husk/d/init"), None);
+        assert_eq!(below("/sys/fs/cgroup/husk/c", ""), None);
     }
 }

@@ -16,6 +16,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
+const STALE: Errno = Errno(libc::ESTALE);
+
 /// Where a file was found: a directory and a name in it.
 #[derive(Clone, Copy, Debug)]
 pub struct Found<'a> {
@@ -24,8 +26,6 @@ pub struct Found<'a> {
     /// One component.
     pub name: &'a CStr,
 }
-
-const STALE: Errno = Errno(libc::ESTALE);
 
 /// The same, remembered.
 #[derive(Clone, Debug)]
