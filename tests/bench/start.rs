@@ -58,15 +58,34 @@ pub fn measure(rounds: usize) -> Vec<Figure> {
         unit: "ms",
         values,
     };
+    // Rounds drift together: what the lock-down adds is told of each round's own two.
+    let added = |with: &[f64], without: &[f64]| -> Vec<f64> {
+        with.iter()
+            .zip(without)
+            .map(|(with, without)| 100.0 * (with / without - 1.0))
+            .collect()
+    };
+    let boot_added = Figure {
+        name: "husk: what the lock-down adds to that".into(),
+        unit: "%",
+        values: added(&locked, &free),
+    };
+    let run_added = Figure {
+        name: "husk: what the lock-down adds to that".into(),
+        unit: "%",
+        values: added(&run_locked, &run_free),
+    };
     let mut figures = vec![
         figure("husk: fork of the VMM to the agent's hello".into(), hello),
         figure("husk: the same, of a build that can be free".into(), locked),
         figure("husk: the same, not locked in".into(), free),
+        boot_added,
         figure(
             "husk: ctr run --rm … true, of a build that can be free".into(),
             run_locked,
         ),
         figure("husk: the same, not locked in".into(), run_free),
+        run_added,
     ];
     for (which, (name, _)) in RUNTIMES.iter().enumerate() {
         figures.push(figure(

@@ -140,6 +140,10 @@ fn socket_option(fd: RawFd, option: libc::c_int) -> Option<libc::c_int> {
 pub fn enter(share: OwnedFd, end: RawFd) -> Result<Jail, LockdownError> {
     let step = |step: &'static str| move |source: Errno| LockdownError::Step { step, source };
 
+    #[cfg(feature = "captured")]
+    if husk_lockdown::captured::is_free() {
+        return stay_free(share).map_err(step("taking the share as it is"));
+    }
     close_from(end).map_err(step("closing descriptors that were passed by mistake"))?;
     limits::one_heap();
     limits::nothing_but_files().map_err(|e| step("setting resource limits")(e.into()))?;
@@ -171,6 +175,18 @@ pub fn enter(share: OwnedFd, end: RawFd) -> Result<Jail, LockdownError> {
     })
     .map_err(|e| step("watching for forbidden system calls")(e.into()))?;
     Ok(Jail { root, proc_fds })
+}
+
+/// What serving needs, with nothing given up for it.
+#[cfg(feature = "captured")]
+fn stay_free(share: OwnedFd) -> Result<Jail, Errno> {
+    // SAFETY: no pointers are involved.
+    call(unsafe { libc::umask(0) as libc::c_int })?;
+    call(unsafe_fchdir(share.as_fd()))?;
+    Ok(Jail {
+        root: share,
+        proc_fds: open_path(AT_CWD, c"/proc/self/fd")?,
+    })
 }
 
 fn call(result: libc::c_int) -> Result<(), Errno> {

@@ -52,10 +52,6 @@ pub enum Files {
 /// # Errors
 /// When the kernel has it and refuses.
 pub fn deny(files: Files) -> io::Result<u32> {
-    #[cfg(feature = "captured")]
-    if crate::captured::is_free() {
-        return Ok(0);
-    }
     // SAFETY: with this flag there are no attributes.
     let abi = unsafe {
         libc::syscall(

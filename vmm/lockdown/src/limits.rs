@@ -8,10 +8,6 @@ use std::io;
 /// # Errors
 /// None that the kernel documents for this use.
 pub fn limit(resource: libc::__rlimit_resource_t, value: libc::rlim_t) -> io::Result<()> {
-    #[cfg(feature = "captured")]
-    if crate::captured::is_free() {
-        return Ok(());
-    }
     let mut limit = libc::rlimit {
         rlim_cur: 0,
         rlim_max: 0,

@@ -54,7 +54,7 @@ static GROUND: OnceLock<Ground> = OnceLock::new();
 static FREE: AtomicBool = AtomicBool::new(false);
 
 /// Whether the program is not to be locked in.
-pub(crate) fn is_free() -> bool {
+pub fn is_free() -> bool {
     FREE.load(Ordering::Relaxed)
 }
 
