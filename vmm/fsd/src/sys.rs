@@ -1,7 +1,7 @@
 //! The system calls of a passthrough server, one safe function each.
 //!
 //! Names are single path components relative to a descriptor; nothing here follows a symbolic link, except
-//! [`reopen`], which opens what a descriptor already names.
+//! [`reopen`], which opens what a descriptor already names. Nothing leaves a directory upwards but [`stat_above`].
 
 use std::ffi::CStr;
 use std::fmt;
@@ -42,9 +42,10 @@ impl std::error::Error for Errno {}
 /// What a system call gave.
 pub type Result<T> = std::result::Result<T, Errno>;
 
-/// The names that FUSE and the kernel use for 0, an empty path and the directory itself.
+/// The paths of what a descriptor names: of any file, of a directory, and of the directory above it.
 const EMPTY: &CStr = c"";
 const SELF: &CStr = c".";
+const ABOVE: &CStr = c"..";
 
 fn check(result: libc::c_int) -> Result<libc::c_int> {
     if result < 0 {
@@ -102,8 +103,27 @@ pub fn open_entry(dir: BorrowedFd<'_>, name: &CStr) -> Result<OwnedFd> {
     open_beneath(dir, name, libc::O_PATH, 0)
 }
 
+/// Attempts at opening a name whose file the host moves away while it is opened. (One fails about once in a thousand times
+/// against a host that does nothing else.)
+const ATTEMPTS: u32 = 16;
+
 /// Opens the entry `name` of `dir` with `flags`, never a symbolic link's target, never outside `dir`.
+///
+/// # Errors
+/// ESTALE if the file is moved away at each attempt; those of openat2(2).
 pub fn open_beneath(dir: BorrowedFd<'_>, name: &CStr, flags: libc::c_int, mode: u32) -> Result<OwnedFd> {
+    for _ in 0..ATTEMPTS {
+        match open_beneath_once(dir, name, flags, mode) {
+            // The kernel found the file, and found it elsewhere when it made sure of where it is. (It does so before it
+            // opens anything, and not of what it has made, so nothing is done twice.)
+            Err(Errno(libc::EXDEV | libc::EAGAIN)) => {}
+            result => return result,
+        }
+    }
+    Err(Errno(libc::ESTALE))
+}
+
+fn open_beneath_once(dir: BorrowedFd<'_>, name: &CStr, flags: libc::c_int, mode: u32) -> Result<OwnedFd> {
     // SAFETY: open_how is plain integers, for which zero is valid.
     let mut how: libc::open_how = unsafe { std::mem::zeroed() };
     how.flags = (flags | libc::O_NOFOLLOW | libc::O_CLOEXEC) as u64;
@@ -146,13 +166,25 @@ pub fn reopen(proc_fds: BorrowedFd<'_>, fd: BorrowedFd<'_>, flags: libc::c_int) 
 
 /// All that is known of the file that `fd` names.
 pub fn stat(fd: BorrowedFd<'_>) -> Result<libc::statx> {
+    stat_at(fd, EMPTY)
+}
+
+/// The same of the directory above the directory `dir`, across mounts. That of the process's root directory is itself.
+///
+/// # Errors
+/// ENOENT if `dir` was moved out of what its mount shows.
+pub fn stat_above(dir: BorrowedFd<'_>) -> Result<libc::statx> {
+    stat_at(dir, ABOVE)
+}
+
+fn stat_at(fd: BorrowedFd<'_>, path: &CStr) -> Result<libc::statx> {
     // SAFETY: statx is plain integers, for which zero is valid.
     let mut stat: libc::statx = unsafe { std::mem::zeroed() };
     // SAFETY: the path is NUL-terminated, `stat` has room for what is written; both live through the call.
     check(unsafe {
         libc::statx(
             fd.as_raw_fd(),
-            EMPTY.as_ptr(),
+            path.as_ptr(),
             libc::AT_EMPTY_PATH | libc::AT_SYMLINK_NOFOLLOW | libc::AT_STATX_SYNC_AS_STAT,
             libc::STATX_BASIC_STATS | libc::STATX_BTIME | libc::STATX_MNT_ID,
             &raw mut stat,
@@ -438,8 +470,11 @@ pub mod xattr {
 
 #[cfg(test)]
 mod tests {
-    use super::FdName;
-    use std::os::fd::BorrowedFd;
+    #![allow(clippy::unwrap_used)]
+    use super::{Errno, FdName, open_beneath};
+    use std::os::fd::{AsFd, BorrowedFd};
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::time::{Duration, Instant};
 
     #[test]
     fn descriptors_are_named_in_decimal() {
@@ -454,5 +489,41 @@ mod tests {
             let fd = unsafe { BorrowedFd::borrow_raw(fd) };
             assert_eq!(FdName::new(fd).as_c_str(), name);
         }
+    }
+
+    /// The kernel's EXDEV would tell a guest of a mount that there is not.
+    #[test]
+    fn a_file_that_is_being_moved_out_is_there_or_not() {
+        // In memory, where a move takes little more time than the kernel's look at it.
+        let outside = tempfile::tempdir_in("/dev/shm")
+            .or_else(|_| tempfile::tempdir())
+            .unwrap();
+        let inside = outside.path().join("inside");
+        std::fs::create_dir(&inside).unwrap();
+        let dir = std::fs::File::open(&inside).unwrap();
+        let (here, there) = (inside.join("x"), outside.path().join("x"));
+        std::fs::write(&here, "").unwrap();
+        let end = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let mover = scope.spawn(|| {
+                while !end.load(Ordering::Relaxed) {
+                    std::fs::rename(&here, &there).unwrap();
+                    std::fs::rename(&there, &here).unwrap();
+                }
+            });
+            let start = Instant::now();
+            let mut failed = None;
+            while failed.is_none() && start.elapsed() < Duration::from_secs(1) && !mover.is_finished() {
+                let path = || open_beneath(dir.as_fd(), c"x", libc::O_PATH, 0);
+                // The mover's rename replaces what is made.
+                let make = || open_beneath(dir.as_fd(), c"x", libc::O_CREAT | libc::O_EXCL, 0o600);
+                failed = (0..100)
+                    .map(|n| if n % 10 == 0 { make() } else { path() })
+                    .filter_map(Result::err)
+                    .find(|error| ![libc::ENOENT, libc::EEXIST].contains(&error.0));
+            }
+            end.store(true, Ordering::Relaxed);
+            assert_eq!(failed, None::<Errno>);
+        });
     }
 }

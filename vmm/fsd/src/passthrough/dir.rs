@@ -4,11 +4,12 @@
 //! go, as far as the host's file system sees to that.
 
 use super::{Answer, Call, Passthrough};
-use crate::fuse::{Body, DIRENT_LEN, ENTRY_LEN, FSYNC_FDATASYNC, NAME_MAX, ROOT_ID};
+use crate::fuse::{Body, DIRENT_LEN, ENTRY_LEN, FSYNC_FDATASYNC, NAME_MAX};
 use crate::handle::{Handle, OpenDir};
 use crate::node::Pinned;
 use crate::sys::{self, Errno, Result};
 use std::ffi::CStr;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 /// Most bytes of a reply with entries.
@@ -112,7 +113,7 @@ impl Passthrough {
         let mut at = offset;
         let mut all = true;
         while let Some(entry) = Raw::take(&mut entries) {
-            if !self.put_dir_entry(body, &node, &entry, plus)? {
+            if !self.put_dir_entry(body, (&node, directory.fd()), &entry, plus)? {
                 all = false;
                 break;
             }
@@ -127,7 +128,13 @@ impl Passthrough {
     }
 
     /// Adds one entry; whether there was room for it.
-    fn put_dir_entry(&self, body: &mut Body, parent: &Pinned, entry: &Raw<'_>, plus: bool) -> Result<bool> {
+    fn put_dir_entry(
+        &self,
+        body: &mut Body,
+        (parent, directory): (&Pinned, BorrowedFd<'_>),
+        entry: &Raw<'_>,
+        plus: bool,
+    ) -> Result<bool> {
         let len = entry.len().saturating_add(if plus { ENTRY_LEN } else { 0 });
         if entry.name.count_bytes() > NAME_MAX {
             // No Linux file system has such a name; the guest could not use it.
@@ -136,9 +143,8 @@ impl Passthrough {
         if len > body.room() {
             return Ok(false);
         }
-        // What is above the share is not the guest's to know.
-        let inode = if parent.id() == ROOT_ID && entry.name == c".." {
-            sys::stat(parent.fd())?.stx_ino
+        let inode = if entry.name == c".." {
+            inode_above(directory)?
         } else {
             entry.inode
         };
@@ -157,6 +163,13 @@ impl Passthrough {
         entry.put(body, inode)?;
         Ok(true)
     }
+}
+
+/// The number of a directory's `..`. What the file system says of it may lie above the share: it knows neither where the
+/// share begins, nor where it is mounted. A directory without a way up within the share is above itself, as a root is.
+fn inode_above(directory: BorrowedFd<'_>) -> Result<u64> {
+    let above = sys::stat_above(directory).or_else(|_| sys::stat(directory))?;
+    Ok(above.stx_ino)
 }
 
 #[cfg(test)]
