@@ -64,7 +64,7 @@ const MAY_FAIL: &[Judged] = &[
     ),
     (
         "a kernel may be made without, or have it switched off",
-        &["kexec", "secret-memory", "segments", "userfaultfd"],
+        &["io-uring", "kexec", "secret-memory", "segments", "userfaultfd"],
     ),
 ];
 
@@ -82,6 +82,10 @@ const HARMLESS: &[Judged] = &[
             "pipe",
             "timers",
         ],
+    ),
+    (
+        "queues for system calls that it could make itself, with its rights",
+        &["io-uring"],
     ),
     (
         "anybody may ask for what is written anyway to be written",

@@ -150,8 +150,9 @@ pub(super) const ALL: &[Attack] = &[
     ("send-to-a-path", |g| {
         let (address, length) = unix_address(g.path("socket").as_bytes(), false);
         let own = made(unsafe { libc::syscall(libc::SYS_socket, libc::AF_UNIX, libc::SOCK_DGRAM, 0) });
-        // Who listens there takes connections: an error that is told to who has found it.
-        kept(own).into_iter().any(|fd| {
+        // Who listens there takes connections: an error that is told to who has found it. By no socket of the program's,
+        // whose other end would take it for a message.
+        own.is_some_and(|fd| {
             !call!(
                 SYS_sendto,
                 fd,
