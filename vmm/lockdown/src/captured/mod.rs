@@ -1,18 +1,36 @@
-//! A program that hostile code has taken over, for tests (feature `captured`): as soon as a thread has been limited it
-//! tries all [`attacks`], and the log says which of them succeeded. Forbidden system calls do not end such a program, as
-//! they would not end one whose handler of SIGSYS was replaced.
+//! A program that hostile code has taken over, for tests (feature `captured`): it tries all [`attacks`], and its log says
+//! which of them succeeded.
 //!
 //! The file beside such a program that has its name and `.captured` at the end holds arguments that are put before its own.
-//! With `--attack GROUND` as the first ones a program is captured, and goes on as usual. With `--attack-unlocked GROUND` it is not locked in at all: it tries the attacks, each in a process of its own, and ends. What fails there
-//! would show nothing by failing elsewhere. With `--free` it is not locked in either, and runs as usual: what the lock-down
-//! costs is the difference.
+//! The first of them tells what is done:
+//!
+//! - `--attack GROUND`: as soon as a thread has been limited it tries the attacks. Forbidden system calls do not end such a
+//!   program, as they would not end one whose handler of SIGSYS was replaced. It goes on as usual.
+//! - `--attack-unfiltered GROUND`: the attacks are tried once, when all but the system calls has been given up, each in a
+//!   process of its own. What then fails does so by namespaces, rights and Landlock: where filters are, they alone answer.
+//!   It goes on as usual.
+//! - `--attack-deadly NAME`: the first vCPU's thread, or that of the file server, tries this one attack once it has been
+//!   limited, which is to be its end.
+//! - `--attack-deadly-unlocked NAME`: the same without a lock-down; the program ends.
+//! - `--attack-unlocked GROUND`: it is not locked in at all; it tries the attacks, each in a process of its own, and ends.
+//!   What fails there would show nothing by failing elsewhere.
+//! - `--free`: it is not locked in either, and runs as usual: what the lock-down costs is the difference.
 
 mod attacks;
 
-use attacks::{ATTACKS, Ground};
+use attacks::{Ground, deadly};
 use std::io::Write;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
+
+/// What the program does besides its work.
+enum Mode {
+    Free,
+    Attack(Ground),
+    Unfiltered(Ground),
+    Deadly(String),
+}
+
+static MODE: OnceLock<Mode> = OnceLock::new();
 
 /// What takes over the program's arguments, which are without its name: removes its own. A program that is not locked in
 /// ends here.
@@ -23,44 +41,41 @@ pub fn take_over(arguments: &mut Vec<String>) {
     let Some(mode) = arguments.first().cloned() else {
         return;
     };
-    if mode == "--free" {
-        FREE.store(true, Ordering::Relaxed);
-        arguments.remove(0);
-        return;
-    }
-    if mode != "--attack" && mode != "--attack-unlocked" {
-        return;
-    }
-    let ground = Ground::parse(arguments.get(1).map(String::as_str).unwrap_or_default());
-    arguments.drain(..2.min(arguments.len()));
-    if mode == "--attack-unlocked" {
-        let failed: Vec<&str> = ATTACKS
-            .iter()
-            .filter(|(_, attack)| !in_a_process_of_its_own(&ground, *attack))
-            .map(|(name, _)| *name)
-            .collect();
-        println!(
-            "captured: unlocked: {} attacks, failed: {}",
-            ATTACKS.len(),
-            failed.join(" ")
-        );
-        std::process::exit(i32::from(!failed.is_empty()));
-    }
-    let _ = GROUND.set(ground);
+    let word = arguments.get(1).cloned().unwrap_or_default();
+    let (mode, words) = match mode.as_str() {
+        "--free" => (Mode::Free, 1),
+        "--attack" => (Mode::Attack(Ground::parse(&word)), 2),
+        "--attack-unfiltered" => (Mode::Unfiltered(Ground::parse(&word)), 2),
+        "--attack-deadly" => (Mode::Deadly(word), 2),
+        "--attack-unlocked" => attack_unlocked(&Ground::parse(&word)),
+        "--attack-deadly-unlocked" => std::process::exit(i32::from(!deadly::attack(&word))),
+        _ => return,
+    };
+    arguments.drain(..words.min(arguments.len()));
+    let _ = MODE.set(mode);
 }
 
-static GROUND: OnceLock<Ground> = OnceLock::new();
-
-static FREE: AtomicBool = AtomicBool::new(false);
+fn attack_unlocked(ground: &Ground) -> ! {
+    let failed: Vec<&str> = attacks::all()
+        .filter(|(_, attack)| !in_a_process_of_its_own(ground, *attack))
+        .map(|(name, _)| *name)
+        .collect();
+    println!(
+        "captured: unlocked: {} attacks, failed: {}",
+        attacks::all().count(),
+        failed.join(" ")
+    );
+    std::process::exit(i32::from(!failed.is_empty()));
+}
 
 /// Whether the program is not to be locked in.
 pub fn is_free() -> bool {
-    FREE.load(Ordering::Relaxed)
+    matches!(MODE.get(), Some(Mode::Free))
 }
 
-/// Whether hostile code is at work.
+/// Whether hostile code is at work that a violation does not end.
 pub(crate) fn is_taken_over() -> bool {
-    GROUND.get().is_some()
+    matches!(MODE.get(), Some(Mode::Attack(_)))
 }
 
 /// One thread at a time: what one opens, another could take for its own success.
@@ -68,19 +83,52 @@ static TURN: Mutex<()> = Mutex::new(());
 
 /// Tries all attacks from the calling thread, called `name`, which has just been limited.
 pub(crate) fn attack(name: &str) {
-    let Some(ground) = GROUND.get() else { return };
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    let succeeded: Vec<&str> = ATTACKS
-        .iter()
-        .filter(|(_, attack)| attack(ground))
+    match MODE.get() {
+        Some(Mode::Attack(ground)) => {
+            let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+            tell(name, |attack| attack(ground));
+        }
+        Some(Mode::Deadly(attack)) if matches!(name, "vcpu0" | "fs-0") => {
+            let outcome = if deadly::attack(attack) {
+                "succeeded"
+            } else {
+                "failed"
+            };
+            let line = format!("captured: {name}: {attack} has {outcome}\n");
+            let _ = std::io::stderr().write_all(line.as_bytes());
+        }
+        _ => {}
+    }
+}
+
+/// Tries all attacks from the calling thread, the process's only one, which has given up all but system calls.
+pub(crate) fn attack_unfiltered() {
+    if let Some(Mode::Unfiltered(ground)) = MODE.get() {
+        tell("unfiltered", |attack| in_a_process_of_its_own(ground, attack));
+    }
+}
+
+/// Names of attacks that a line of the log has room for.
+const NAMES_IN_A_LINE: usize = 24;
+
+/// Tries all attacks and logs, in one line or several of this form, which of them have succeeded.
+fn tell(name: &str, succeeds: impl Fn(fn(&Ground) -> bool) -> bool) {
+    let succeeded: Vec<&str> = attacks::all()
+        .filter(|(_, attack)| succeeds(*attack))
         .map(|(name, _)| *name)
         .collect();
-    let line = format!(
-        "captured: {name}: {} attacks, succeeded: {}\n",
-        ATTACKS.len(),
-        succeeded.join(" ")
-    );
-    let _ = std::io::stderr().write_all(line.as_bytes());
+    let mut lines: Vec<_> = succeeded.chunks(NAMES_IN_A_LINE).collect();
+    if lines.is_empty() {
+        lines.push(&[]);
+    }
+    for names in lines {
+        let line = format!(
+            "captured: {name}: {} attacks, succeeded: {}\n",
+            attacks::all().count(),
+            names.join(" ")
+        );
+        let _ = std::io::stderr().write_all(line.as_bytes());
+    }
 }
 
 /// Makes a forbidden system call fail, instead of what [`crate::violation`] does.
