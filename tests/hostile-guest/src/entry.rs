@@ -70,6 +70,8 @@ hostile_start:
     // How another processor starts: copied to a page below 1 MiB, with what LGDT needs at its end. From real mode to
     // long mode at once, with the tables of the first.
     .code16
+    .globl hostile_other_start
+    .globl hostile_other_end
 hostile_other_start:
     cli
     cld
