@@ -271,7 +271,12 @@ fn queues(device: Device, end: u64, report: &mut Report) {
             }
             device.negotiate(FEATURES);
             for queue in 0..device.queues {
-                let ring = Ring::new(device.memory(queue.min(FIRST as u16 - 1)), 16);
+                let size = device.max_size(queue).min(16) as u16;
+                let ring = Ring::new(device.memory(queue.min(FIRST as u16 - 1)), size);
+                if size < 16 {
+                    device.set_queue(queue, &ring);
+                    continue;
+                }
                 let or = |address, own| if address == 0 { own } else { address };
                 device.set_registers(
                     queue,
