@@ -3,6 +3,7 @@
 //! but within a bound, with an error that says why, without harm to others, and nothing is left.
 
 mod agent;
+mod agent_calls;
 mod agent_task;
 mod guest;
 mod guest_ends;
