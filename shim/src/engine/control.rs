@@ -1,29 +1,41 @@
 //! What is done to a container that is there: pausing and resuming it, changing its limits, counting what it used.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
-use super::{EngineError, Sandbox, spec};
+use super::{EngineError, Sandbox, lock, spec};
 
 impl Sandbox {
     /// Freezes a container: none of its processes runs when this returns. True unless it has ended meanwhile.
     ///
     /// # Errors
-    /// `NotFound`; `FailedPrecondition` unless it runs. After a failure it runs on.
+    /// `NotFound`; `FailedPrecondition` unless it runs. After a failure it runs on; where the guest has not answered it is
+    /// being paused until the guest has taken that back.
     pub async fn pause(&self, id: &str) -> Result<bool, EngineError> {
         self.table().begin_pause(id)?;
         match self.parts.agent.pause_container(id).await {
             Ok(()) => Ok(self.table().finish_freeze(id, true)),
             Err(error) => {
-                // It may be frozen by an answer that came too late.
                 if matches!(error, EngineError::Deadline { .. }) {
-                    if let Err(error) = self.parts.agent.resume_container(id).await {
-                        tracing::warn!(%error, container = id, "a pause that failed could not be taken back");
-                    }
+                    self.take_pause_back(id);
+                } else {
+                    self.table().finish_freeze(id, false);
                 }
-                self.table().finish_freeze(id, false);
                 Err(self.explain(error).await)
             }
         }
+    }
+
+    /// Thaws a container that may be frozen by an answer that came too late. Who asked for the pause does not wait for
+    /// it: a guest that is stuck takes its time again.
+    fn take_pause_back(&self, id: &str) {
+        let (agent, table) = (Arc::clone(&self.parts.agent), Arc::clone(&self.parts.table));
+        let id = id.to_owned();
+        tokio::spawn(async move {
+            if let Err(error) = agent.resume_container(&id).await {
+                tracing::warn!(%error, container = id, "a pause that failed could not be taken back");
+            }
+            lock(&table).finish_freeze(&id, false);
+        });
     }
 
     /// Lets a paused container run on.
@@ -32,7 +44,11 @@ impl Sandbox {
     /// `NotFound`; `FailedPrecondition` unless it is paused. After a failure it is still paused.
     pub async fn resume(&self, id: &str) -> Result<(), EngineError> {
         self.table().begin_resume(id)?;
-        let result = self.parts.agent.resume_container(id).await;
+        let result = match self.parts.agent.resume_container(id).await {
+            // It is not frozen: an earlier resume was answered too late.
+            Err(EngineError::FailedPrecondition(_)) => Ok(()),
+            result => result,
+        };
         self.table().finish_freeze(id, result.is_err());
         match result {
             Ok(()) => Ok(()),

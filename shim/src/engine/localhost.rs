@@ -152,8 +152,13 @@ impl Localhost {
                 Ok(forwarding) => drop(lock(&self.servers).insert(server, Some(forwarding))),
                 Err(error) => {
                     lock(&self.servers).remove(&server);
+                    let waited = matches!(error, EngineError::Deadline { .. } | EngineError::Host { .. });
                     let error = chain(&error);
                     tracing::warn!(error, %server, "DNS queries of the guest are not forwarded");
+                    if waited {
+                        // So would the others, one after the other, and the container with them.
+                        return;
+                    }
                 }
             }
         }

@@ -33,6 +33,8 @@ mod player_test;
 mod sandbox_test;
 #[cfg(test)]
 mod standins_test;
+#[cfg(test)]
+mod stuck_test;
 
 #[cfg(test)]
 pub(crate) use player_test::{Character, Player};

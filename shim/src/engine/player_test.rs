@@ -55,8 +55,10 @@ pub enum Character {
     Clinging,
     /// Answers everything but SignalProcess.
     Deaf,
-    /// Does not pause, and sends more statistics than it may.
+    /// Refuses to pause and to kill, and sends more statistics than it may.
     Stubborn,
+    /// Answers everything but PauseContainer and ForwardDns.
+    Sluggish,
 }
 
 /// The files of a machine for tests, and who plays it.
@@ -497,6 +499,9 @@ impl service::Agent for FakeAgent {
         if self.player.character == Character::Deaf {
             std::future::pending::<()>().await;
         }
+        if self.player.character == Character::Stubborn {
+            return Err(status(ttrpc::Code::INTERNAL, "cgroup.kill: no"));
+        }
         let code = format!("exit{}", 128 + request.signal);
         self.run(
             &request.container_id,
@@ -516,6 +521,9 @@ impl service::Agent for FakeAgent {
         if self.player.character == Character::Stubborn {
             return Err(status(ttrpc::Code::INTERNAL, "cgroup.freeze: busy"));
         }
+        if self.player.character == Character::Sluggish {
+            std::future::pending::<()>().await;
+        }
         assert!(self.frozen.lock().unwrap().insert(request.container_id));
         Ok(wire::Empty::default())
     }
@@ -526,8 +534,23 @@ impl service::Agent for FakeAgent {
         request: wire::ResumeContainerRequest,
     ) -> ttrpc::Result<wire::Empty> {
         self.called("ResumeContainer", &request.container_id);
+        if self.player.character == Character::Sluggish {
+            return Err(status(ttrpc::Code::FAILED_PRECONDITION, "it is not paused"));
+        }
         assert!(self.frozen.lock().unwrap().remove(&request.container_id));
         Ok(wire::Empty::default())
+    }
+
+    async fn forward_dns(
+        &self,
+        _: &TtrpcContext,
+        _: wire::ForwardDnsRequest,
+    ) -> ttrpc::Result<wire::ForwardDnsResponse> {
+        self.called("ForwardDns", "");
+        if self.player.character == Character::Sluggish {
+            std::future::pending::<()>().await;
+        }
+        Err(status(ttrpc::Code::INTERNAL, "no"))
     }
 
     async fn update_container(

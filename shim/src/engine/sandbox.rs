@@ -291,14 +291,13 @@ impl Sandbox {
     ) -> Result<(), EngineError> {
         self.table().check_signal(container, exec)?;
         let kills = exec.is_none() && signal == libc::SIGKILL.unsigned_abs();
-        match self.parts.agent.signal(container, exec, signal, all).await {
-            Ok(()) => {
-                if kills {
-                    self.insist(container);
-                }
-                Ok(())
-            }
-            // A guest must not be able to keep its container from being killed.
+        let sent = self.parts.agent.signal(container, exec, signal, all).await;
+        // A guest must not be able to keep its container from being killed, whatever it answers.
+        if kills {
+            self.insist(container);
+        }
+        match sent {
+            Ok(()) => Ok(()),
             Err(EngineError::Deadline { .. }) if kills => {
                 tracing::error!(
                     container,
@@ -307,11 +306,16 @@ impl Sandbox {
                 self.parts.machine.kill();
                 Ok(())
             }
+            // Its end is under way, or it will be ended with the machine.
+            Err(error) if kills && !matches!(error, EngineError::NotFound(_)) => {
+                tracing::error!(container, %error, "the guest was to kill and did not");
+                Ok(())
+            }
             Err(error) => Err(self.explain(error).await),
         }
     }
 
-    /// Ends the machine if the guest does not end a container that it says it has killed.
+    /// Ends the machine if the guest does not end a container that was killed.
     fn insist(&self, container: &str) {
         let Ok(mut exit) = self.table().watch(container, None) else {
             return;

@@ -78,6 +78,18 @@ impl Stage {
         start(self.config("s"), sender, self.places.clone()).await
     }
 
+    /// Starts one that waits as long for the guest's answers.
+    pub async fn start_waiting(&self, call: Duration) -> (Arc<Sandbox>, UnboundedReceiver<Event>) {
+        let mut config = self.config("s");
+        let mut operator = crate::config::Config::default();
+        operator.timeouts.call = call;
+        config.operator = Arc::new(operator);
+        let _held = self.player.hold();
+        let (sender, events) = unbounded_channel();
+        let sandbox = start(config, sender, self.places.clone()).await;
+        (sandbox.unwrap(), events)
+    }
+
     /// Starts one in a network namespace that is there.
     pub async fn start_in(&self, network: PathBuf) -> Result<Arc<Sandbox>, StartError> {
         let _held = self.player.hold();
@@ -492,14 +504,7 @@ async fn a_guest_that_clings_to_a_container_loses_it() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guest_that_does_not_answer_when_it_is_to_kill_is_killed() {
     let stage = Stage::new(Character::Deaf);
-    let mut config = stage.config("s");
-    let mut operator = crate::config::Config::default();
-    operator.timeouts.call = Duration::from_secs(5);
-    config.operator = Arc::new(operator);
-    let (sender, mut events) = unbounded_channel();
-    let held = stage.player.hold();
-    let sandbox = start(config, sender, stage.places.clone()).await.unwrap();
-    drop(held);
+    let (sandbox, mut events) = stage.start_waiting(Duration::from_secs(5)).await;
     soon(sandbox.create(stage.request("c", "sleep", Stdio::default())))
         .await
         .unwrap();

@@ -656,7 +656,10 @@ fn checked(event: wire::Event) -> Option<GuestEvent> {
 /// The error in a failure of the agent's.
 fn failed(failure: Option<wire::Failure>) -> Result<(), EngineError> {
     let Some(failure) = failure else { return Ok(()) };
-    let message = text(&failure.message, MAX_MESSAGE_LEN);
+    let message = match text(&failure.message, MAX_MESSAGE_LEN) {
+        message if message.is_empty() => "the guest's agent gave no reason".to_owned(),
+        message => message,
+    };
     Err(match failure.kind.enum_value() {
         Ok(FailureKind::NONE) => return Ok(()),
         Ok(FailureKind::COMMAND_NOT_FOUND) => EngineError::CommandNotFound(message),

@@ -1,6 +1,9 @@
 //! An agent that lies, hangs or ends at each step of a container's life, under `husk run`.
 
+use std::fs;
 use std::time::Duration;
+
+use serde_json::json;
 
 use super::{Watch, assert_printable, assert_says, config, husk_run, program};
 use crate::census::Census;
@@ -13,13 +16,15 @@ const DEADLINE: Duration = Duration::from_secs(240);
 
 /// A configuration that boots the hostile agent for a lie; the machine may take `boot` seconds to start, a call `call`.
 pub fn hostile(word: &str, boot: u32, call: u32) -> Config {
+    config(word, &lying(word, boot, call))
+}
+
+/// The text of such a configuration.
+pub fn lying(word: &str, boot: u32, call: u32) -> String {
     let initramfs = program("hostile-agent.cpio");
-    config(
-        word,
-        &format!(
-            "[machine]\nmemory_mib = 96\nvcpus = 1\n[guest]\ninitramfs = \"{initramfs}\"\nkernel_params = \"hostile={word}\"\n\
-             [timeouts]\nboot_seconds = {boot}\ncall_seconds = {call}\nshutdown_seconds = 1\n"
-        ),
+    format!(
+        "[machine]\nmemory_mib = 96\nvcpus = 1\n[guest]\ninitramfs = \"{initramfs}\"\nkernel_params = \"hostile={word}\"\n\
+         [timeouts]\nboot_seconds = {boot}\ncall_seconds = {call}\nshutdown_seconds = 1\n"
     )
 }
 
@@ -40,8 +45,12 @@ fn ends(word: &str, codes: &[i32], said: &[&str]) {
 
 #[track_caller]
 fn ends_with(config: &Config, word: &str, codes: &[i32], said: &[&str]) -> Finished {
-    let bundle = Bundle::busybox(&["true"]);
-    let done = husk_run(config, &bundle, &format!("lie-{word}"), DEADLINE);
+    ends_as(config, &Bundle::busybox(&["true"]), word, codes, said)
+}
+
+#[track_caller]
+fn ends_as(config: &Config, bundle: &Bundle, word: &str, codes: &[i32], said: &[&str]) -> Finished {
+    let done = husk_run(config, bundle, &format!("lie-{word}"), DEADLINE);
     eprintln!("{word}: {} {}", done.code, done.err());
     assert!(codes.contains(&done.code), "{word}: {} {}", done.code, done.err());
     assert_says(&done.err(), said);
@@ -56,7 +65,7 @@ fn ends_with(config: &Config, word: &str, codes: &[i32], said: &[&str]) -> Finis
 #[test]
 fn an_agent_that_ends_fails_the_container() {
     let census = Census::take();
-    for word in ["exit-at-once", "exit-setup", "exit-start"] {
+    for word in ["exit-at-once", "exit-setup", "exit-create", "exit-start"] {
         fails(word, &["the guest's kernel panicked"]);
     }
     // The container may have been started by then; its end is the machine's.
@@ -100,6 +109,84 @@ fn answers_that_make_no_sense_are_refused_and_obey_nobody() {
     fails("create-no-pid", &["it told no pid"]);
     fails("create-failed", &["red"]);
     fails("start-refused", &["red"]);
+    census.assert_unchanged();
+}
+
+#[test]
+fn a_container_that_has_ended_before_it_is_there_is_not_started() {
+    let census = Census::take();
+    fails("ended-before-create", &["has already ended"]);
+    // It may have been started by then.
+    ends("ended-at-create", &[9, 125], &[]);
+    fails(
+        "swap-CreateContainer",
+        &["failed at CreateContainer", "it told no pid"],
+    );
+    fails("garbage-StartContainer", &["failed at StartContainer"]);
+    census.assert_unchanged();
+}
+
+/// Gives a bundle a hook that runs a script of the host's, with the container's pid in `$pid`.
+fn hook(bundle: &Bundle, kind: &str, script: &str) {
+    let script = format!("pid=$(sed 's/.*\"pid\": *\\([0-9]*\\).*/\\1/'); {script}");
+    bundle.edit(|spec| {
+        spec["hooks"][kind] = json!([{"path": "/bin/sh", "args": ["sh", "-ec", script],
+            "env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"]}]);
+    });
+}
+
+/// The network is another than at Setup, which the guest has to be told before the container is made.
+#[test]
+fn a_network_that_the_guest_does_not_take_fails_the_container() {
+    let census = Census::take();
+    for (word, said) in [
+        ("mute-SetNetwork", &["did not answer SetNetwork within 10 s"][..]),
+        ("swap-SetNetwork", &["in the guest", "red"]),
+    ] {
+        let bundle = Bundle::busybox(&["true"]);
+        hook(
+            &bundle,
+            "createRuntime",
+            "nsenter --net=/proc/$pid/ns/net ip addr add 10.66.0.1/32 dev lo",
+        );
+        ends_as(&hostile(word, LONG, 10), &bundle, word, &[125], said);
+    }
+    census.assert_unchanged();
+}
+
+/// Neither is needed for a container to run.
+#[test]
+fn queries_and_mirrors_that_the_guest_does_not_take_fail_no_container() {
+    let census = Census::take();
+    for word in [
+        "mute-ForwardDns.mute-UpdateMirror.mute-RemoveMirror",
+        "fail-ForwardDns.refuse-UpdateMirror.garbage-RemoveMirror",
+        // Who says that it has dialled a stream, and has not.
+        "plain",
+    ] {
+        let bundle = Bundle::busybox(&["true"]);
+        let (resolv_conf, volume) = (bundle.join("resolv.conf"), bundle.join("volume"));
+        fs::write(
+            &resolv_conf,
+            "nameserver 127.0.0.11\nnameserver 127.0.0.12\nnameserver 127.0.0.13\n",
+        )
+        .unwrap();
+        fs::create_dir(&volume).unwrap();
+        fs::write(volume.join("first"), "first").unwrap();
+        let more = format!("echo second > {}", volume.join("second").display());
+        hook(&bundle, "createContainer", &more);
+        bundle.edit(|spec| {
+            let mounts = spec["mounts"].as_array_mut().unwrap();
+            for (destination, source) in [("/etc/resolv.conf", &resolv_conf), ("/volume", &volume)] {
+                mounts.push(json!({
+                    "destination": destination, "type": "bind", "source": source, "options": ["rbind", "ro"],
+                }));
+            }
+        });
+        let watched = format!("[volumes]\nwatched = [\"{}\"]\n", volume.display());
+        let config = config("mirrors", &(lying(word, LONG, 10) + &watched));
+        ends_as(&config, &bundle, word, &[7], &[]);
+    }
     census.assert_unchanged();
 }
 

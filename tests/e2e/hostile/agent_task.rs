@@ -20,11 +20,12 @@ fn ctr(argv: &[&str]) -> Finished {
     done
 }
 
-/// A container whose agent lies so. What it is asked fails, by these words, and it can be removed.
+/// A container whose agent lies so, and may take `call` seconds for an answer. What it is asked fails, by these words,
+/// and it can be removed.
 #[track_caller]
-fn lies(word: &str, said: &str) {
+fn lies(word: &str, call: u32, questions: &[&[&str]], said: &str) {
     let census = Census::take();
-    let config = hostile(word, 120, 20);
+    let config = hostile(word, 120, call);
     let watch = Watch::start();
     let id = format!("lie-{word}");
     ctr(&[
@@ -41,11 +42,11 @@ fn lies(word: &str, said: &str) {
     .expect_code(0);
     // A process of the host's stands for it, which the agent is not asked about.
     ctr(&["task", "ps", &id]).expect_code(0);
-    let questions = [
-        &["task", "metrics", &id][..],
-        &["task", "exec", "--exec-id", "x", &id, "true"],
-    ];
-    let answers = questions.map(ctr);
+    let ask = |question: &&[&str]| {
+        let words = question.iter().map(|word| if *word == ID { &id } else { *word });
+        ctr(&words.collect::<Vec<_>>())
+    };
+    let answers: Vec<_> = questions.iter().map(ask).collect();
     ctr(&["task", "kill", "-s", "KILL", &id]);
     ctr(&["task", "rm", "-f", &id]);
     run(&["ctr", "container", "rm", &id]).expect_code(0);
@@ -63,12 +64,24 @@ fn lies(word: &str, said: &str) {
     census.assert_unchanged();
 }
 
+/// Stands for the container's id.
+const ID: &str = "ID";
+
+const METRICS: &[&str] = &["task", "metrics", ID];
+const EXEC: &[&str] = &["task", "exec", "--exec-id", "x", ID, "true"];
+const PAUSE: &[&str] = &["task", "pause", ID];
+
 #[test]
 fn absurd_answers_about_a_container_are_refused() {
-    lies("absurd", "agent");
+    lies("absurd", 20, &[METRICS, EXEC], "agent");
 }
 
 #[test]
 fn a_container_whose_agent_is_stuck_can_be_removed() {
-    lies("stuck", "agent");
+    lies("stuck", 20, &[METRICS, EXEC], "agent");
+}
+
+#[test]
+fn a_pause_that_is_not_answered_is_given_up_and_the_container_can_be_removed() {
+    lies("stuck", 10, &[PAUSE], "did not answer PauseContainer within 10 s");
 }

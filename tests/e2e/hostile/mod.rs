@@ -3,6 +3,7 @@
 //! but within a bound, with an error that says why, without harm to others, and nothing is left.
 
 mod agent;
+mod agent_calls;
 mod agent_task;
 mod guest;
 mod guest_ends;
@@ -26,6 +27,9 @@ const LIMITS: [(&str, u64); 4] = [
     ("husk", 64 << 10),
     ("containerd-shim-husk-v2", 64 << 10),
 ];
+
+/// Those that every machine has: a watch that never saw one has watched nothing.
+const SEEN: [&str; 2] = ["husk-vmm", "husk-fsd"];
 
 /// A program of the tests beside this one, by its absolute path.
 fn program(name: &str) -> String {
@@ -59,12 +63,18 @@ impl Watch {
         Self { end, thread }
     }
 
-    /// Asserts that no program had more than it may.
+    /// Asserts that a machine's programs were seen, and that no program had more than it may.
     #[track_caller]
     fn assert_bounded(self) {
         self.end.store(true, Ordering::Relaxed);
         let peaks = self.thread.join().unwrap();
         eprintln!("most memory, in KiB: {peaks:?}");
+        for name in SEEN {
+            assert!(
+                peaks.get(name).is_some_and(|peak| *peak > 0),
+                "{name} was never seen: {peaks:?}"
+            );
+        }
         for (name, most) in LIMITS {
             let peak = peaks.get(name).copied().unwrap_or(0);
             assert!(peak <= most, "{name} had {peak} KiB, at most {most} are expected");

@@ -1,39 +1,31 @@
 //! An agent that lies: PID 1 of a guest with husk's kernel. It speaks the agent's wire to the engine and keeps the rules
 //! but for one, which a word on the kernel's command line chooses, `hostile=WORD` (the kernel hands it over in the
 //! environment). No container is ever made; what it says of them is made up.
-//!
-//! The wire is ttrpc's: frames of a header (length, stream, both big-endian, kind, flags) and a message.
+
+mod lie;
+mod wire;
 
 use std::fs::File;
-use std::io::{self, Read, Write};
-use std::os::fd::FromRawFd;
+use std::io::{self, Write};
 use std::time::Duration;
 
 use husk_agent_protocol::limits::AGENT_PORT;
 use husk_agent_protocol::messages::{
-    ContainerStatsResponse, CreateContainerRequest, CreateContainerResponse, Event, ExecProcessResponse,
-    Failure, ListProcessesResponse, SetupRequest, SetupResponse, StartContainerResponse, Stdio,
+    ContainerStatsResponse, CreateContainerRequest, CreateContainerResponse, Empty, Event,
+    ExecProcessResponse, ListProcessesResponse, SetupRequest, SetupResponse, StartContainerResponse, Stdio,
     event::{Exit, Oom},
-    failure,
     list_processes_response::Process,
 };
-use protobuf::{EnumOrUnknown, Message};
-use ttrpc::proto::{Code, Request, Response, Status};
+use protobuf::Message;
+use ttrpc::proto::{Code, Request};
 
-const HOST: u32 = 2;
-const RESPONSE: u8 = 2;
-const DATA: u8 = 3;
-const CLOSED: u8 = 1;
-/// Largest frame that ttrpc takes.
-const MAX_FRAME: usize = 4 << 20;
+use lie::{ESCAPES, Lie, strange_failure};
+use wire::{CLOSED, DATA, MAX_FRAME, RESPONSE, Wire, dial, encode};
+
 /// Bytes of a flood of frames: what the engine reads at once, and some seconds' worth.
 const FLOOD: usize = 12 << 20;
 /// Bytes of output of a process.
 const OUTPUT: usize = 8 << 20;
-
-/// What no terminal may see.
-const ESCAPES: &str =
-    "\u{1b}]0;owned\u{7}\u{1b}[2J\u{1b}[31mred\u{0}\u{8}\u{9b}5n\r\nFAKE: all is well\u{202e}";
 
 fn main() {
     let word = std::env::var("hostile").unwrap_or_default();
@@ -54,41 +46,15 @@ fn forever() -> ! {
     }
 }
 
-/// A connection to a port of the host's.
-fn dial(port: u32) -> io::Result<File> {
-    // SAFETY: no pointers; the result is checked.
-    let socket = unsafe { libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) };
-    if socket < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: just made.
-    let file = unsafe { File::from_raw_fd(socket) };
-    // SAFETY: plain data, for which zero is a value.
-    let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
-    address.svm_family = libc::AF_VSOCK as libc::sa_family_t;
-    address.svm_cid = HOST;
-    address.svm_port = port;
-    // SAFETY: the address is valid for its length.
-    let result = unsafe {
-        libc::connect(
-            socket,
-            (&raw const address).cast(),
-            size_of::<libc::sockaddr_vm>() as libc::socklen_t,
-        )
-    };
-    if result < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(file)
-}
-
 /// The connection to the engine, and what it asked for.
 struct Agent {
-    wire: File,
+    wire: Wire,
     word: String,
     /// Stream of the events.
     events: u32,
     container: String,
+    /// Its process does not end by itself.
+    runs_on: bool,
     stdio: Stdio,
     /// With this the streams of processes begin.
     secret: Vec<u8>,
@@ -101,10 +67,11 @@ fn run(word: &str) -> io::Result<()> {
         _ => dial(AGENT_PORT)?,
     };
     let mut agent = Agent {
-        wire,
+        wire: Wire(wire),
         word: word.to_owned(),
         events: 0,
         container: String::new(),
+        runs_on: false,
         stdio: Stdio::default(),
         secret: Vec::new(),
     };
@@ -118,19 +85,19 @@ fn run(word: &str) -> io::Result<()> {
             })
             .take(FLOOD)
             .collect();
-            agent.wire.write_all(&noise)?;
+            agent.wire.0.write_all(&noise)?;
         }
         "huge-frame" => {
-            agent.frame_head(u32::MAX, 1, RESPONSE, 0)?;
+            agent.wire.frame_head(u32::MAX, 1, RESPONSE, 0)?;
             let zeroes = vec![0; 1 << 20];
             loop {
-                agent.wire.write_all(&zeroes)?;
+                agent.wire.0.write_all(&zeroes)?;
             }
         }
         "slow-frame" => {
-            agent.frame_head(MAX_FRAME as u32, 1, RESPONSE, 0)?;
+            agent.wire.frame_head(MAX_FRAME as u32, 1, RESPONSE, 0)?;
             loop {
-                agent.wire.write_all(&[0])?;
+                agent.wire.0.write_all(&[0])?;
                 std::thread::sleep(Duration::from_millis(100));
             }
         }
@@ -165,65 +132,37 @@ impl Agent {
     fn noise(&mut self) -> io::Result<()> {
         for kind in 0..=255 {
             for stream in [0, 2, 1001, u32::MAX] {
-                self.frame(stream, kind, kind, &[kind; 100])?;
+                self.wire.frame(stream, kind, kind, &[kind; 100])?;
             }
         }
         let frame = vec![0; 1000];
         for stream in 0..(FLOOD / 1010) as u32 {
-            self.frame(stream.wrapping_mul(2_654_435_761) | 0x1000, RESPONSE, 0, &frame)?;
+            self.wire
+                .frame(stream.wrapping_mul(2_654_435_761) | 0x1000, RESPONSE, 0, &frame)?;
         }
         Ok(())
     }
 
-    fn frame_head(&mut self, length: u32, stream: u32, kind: u8, flags: u8) -> io::Result<()> {
-        let mut head = length.to_be_bytes().to_vec();
-        head.extend(stream.to_be_bytes());
-        head.extend([kind, flags]);
-        self.wire.write_all(&head)
-    }
-
-    fn frame(&mut self, stream: u32, kind: u8, flags: u8, message: &[u8]) -> io::Result<()> {
-        let mut bytes = (message.len() as u32).to_be_bytes().to_vec();
-        bytes.extend(stream.to_be_bytes());
-        bytes.extend([kind, flags]);
-        bytes.extend(message);
-        self.wire.write_all(&bytes)
-    }
-
     fn answer(&mut self, stream: u32, message: &impl Message) -> io::Result<()> {
-        let response = Response {
-            payload: message.write_to_bytes().map_err(io::Error::other)?,
-            ..Default::default()
-        };
-        let bytes = response.write_to_bytes().map_err(io::Error::other)?;
+        let payload = encode(message)?;
         match self.word.as_str() {
-            "wrong-streams" => self.frame(stream + 1, RESPONSE, 0, &bytes),
+            "wrong-streams" => self.wire.answer(stream + 1, payload),
             // Each answer twice.
             "noise" => {
-                self.frame(stream, RESPONSE, 0, &bytes)?;
-                self.frame(stream, RESPONSE, 0, &bytes)
+                self.wire.answer(stream, payload.clone())?;
+                self.wire.answer(stream, payload)
             }
-            _ => self.frame(stream, RESPONSE, 0, &bytes),
+            _ => self.wire.answer(stream, payload),
         }
     }
 
-    fn refuse(&mut self, stream: u32, message: String) -> io::Result<()> {
-        let response = Response {
-            status: Some(Status {
-                code: Code::INTERNAL.into(),
-                message,
-                ..Default::default()
-            })
-            .into(),
-            ..Default::default()
-        };
-        let bytes = response.write_to_bytes().map_err(io::Error::other)?;
-        self.frame(stream, RESPONSE, 0, &bytes)
+    fn refuse(&mut self, stream: u32) -> io::Result<()> {
+        self.wire.refuse(stream, Code::INTERNAL, ESCAPES.repeat(40_000))
     }
 
     fn event(&mut self, event: Event) -> io::Result<()> {
-        let bytes = event.write_to_bytes().map_err(io::Error::other)?;
-        self.frame(self.events, DATA, 0, &bytes)
+        let bytes = encode(&event)?;
+        self.wire.frame(self.events, DATA, 0, &bytes)
     }
 
     fn exited(&mut self, container: &str, exec: &str, status: u32) -> io::Result<()> {
@@ -248,13 +187,8 @@ impl Agent {
 
     fn serve(&mut self) -> io::Result<()> {
         loop {
-            let mut head = [0; 10];
-            self.wire.read_exact(&mut head)?;
-            let [a, b, c, d, e, f, g, h, ..] = head;
-            let mut message = vec![0; u32::from_be_bytes([a, b, c, d]) as usize];
-            self.wire.read_exact(&mut message)?;
-            let request = Request::parse_from_bytes(&message).map_err(io::Error::other)?;
-            if !self.serve_one(u32::from_be_bytes([e, f, g, h]), &request)? {
+            let (stream, request) = self.wire.request()?;
+            if !self.serve_one(stream, &request)? {
                 return Ok(());
             }
         }
@@ -267,6 +201,10 @@ impl Agent {
             let asked = SetupRequest::parse_from_bytes(&request.payload).map_err(io::Error::other)?;
             self.secret = asked.stream_secret;
         }
+        if let Some(lie) = Lie::of(&word, &request.method) {
+            lie.tell(&mut self.wire, stream)?;
+            return Ok(true);
+        }
         match (request.method.as_str(), word.as_str()) {
             (_, "silent") | ("CreateContainer", "silent-create") | ("StartContainer", "silent-start") => {}
             // Who has refused Setup could still say that the container has run, before the machine is ended.
@@ -276,7 +214,7 @@ impl Agent {
             | ("StartContainer", "exit-start") => {
                 return Ok(false);
             }
-            ("Setup", "setup-error") => self.refuse(stream, ESCAPES.repeat(40_000))?,
+            ("Setup", "setup-error") => self.refuse(stream)?,
             ("Setup", "noise") => {
                 let answer = SetupResponse {
                     agent_version: ESCAPES.repeat(20_000),
@@ -285,7 +223,7 @@ impl Agent {
                 };
                 self.answer(stream, &answer)?;
             }
-            ("Setup", "setup-no-message") => self.frame(stream, RESPONSE, 0, &[0xff; 1000])?,
+            ("Setup", "setup-no-message") => self.wire.frame(stream, RESPONSE, 0, &[0xff; 1000])?,
             ("Setup", _) => {
                 let answer = SetupResponse {
                     agent_version: "0.0.0-hostile".into(),
@@ -294,18 +232,18 @@ impl Agent {
                 };
                 self.answer(stream, &answer)?;
             }
-            ("Events", "events-end") => self.frame(stream, DATA, CLOSED, &[])?,
+            ("Events", "events-end") => self.wire.frame(stream, DATA, CLOSED, &[])?,
             ("Events", _) => self.events = stream,
             ("CreateContainer", _) => self.create(stream, request)?,
             ("StartContainer", _) => self.start(stream)?,
             ("ListProcesses" | "ContainerStats" | "ExecProcess", _) => self.lie(stream, &request.method)?,
             (_, "stuck") => {}
             ("SignalProcess", _) => {
-                self.answer(stream, &husk_agent_protocol::messages::Empty::new())?;
+                self.answer(stream, &Empty::new())?;
                 let container = self.container.clone();
                 self.exited(&container, "", 137)?;
             }
-            _ => self.answer(stream, &husk_agent_protocol::messages::Empty::new())?,
+            _ => self.answer(stream, &Empty::new())?,
         }
         Ok(true)
     }
@@ -320,6 +258,7 @@ impl Agent {
     fn create(&mut self, stream: u32, request: &Request) -> io::Result<()> {
         let asked = CreateContainerRequest::parse_from_bytes(&request.payload).map_err(io::Error::other)?;
         self.container = asked.container_id;
+        self.runs_on = asked.spec_json.windows(5).any(|word| word == b"sleep");
         self.stdio = asked.stdio.unwrap_or_default();
         let mut answer = CreateContainerResponse {
             pid: 42,
@@ -328,16 +267,20 @@ impl Agent {
         match self.word.as_str() {
             "create-no-pid" => answer.pid = -1,
             "create-failed" => {
-                answer.failure = Some(Failure {
-                    kind: EnumOrUnknown::<failure::Kind>::from_i32(99),
-                    message: ESCAPES.repeat(40_000),
-                    ..Default::default()
-                })
-                .into();
+                answer.failure = Some(strange_failure()).into();
+            }
+            "ended-before-create" => {
+                let container = self.container.clone();
+                self.exited(&container, "", 9)?;
             }
             _ => {}
         }
-        self.answer(stream, &answer)
+        self.answer(stream, &answer)?;
+        if self.word == "ended-at-create" {
+            let container = self.container.clone();
+            self.exited(&container, "", 9)?;
+        }
+        Ok(())
     }
 
     /// Answers, and says that the process has ended; some lie in between.
@@ -345,7 +288,7 @@ impl Agent {
         let word = self.word.clone();
         let container = self.container.clone();
         if word == "start-refused" {
-            return self.refuse(stream, ESCAPES.repeat(40_000));
+            return self.refuse(stream);
         }
         self.answer(stream, &StartContainerResponse::new())?;
         let mut status = 7;
@@ -393,6 +336,9 @@ impl Agent {
                     self.dial_stream(port)?;
                 }
             }
+        }
+        if self.runs_on {
+            return Ok(());
         }
         self.exited(&container, "", status)?;
         if word == "noise" {

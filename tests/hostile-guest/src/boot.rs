@@ -6,6 +6,9 @@ use crate::virtio::Device;
 /// Most devices that are looked at.
 const MAX_DEVICES: usize = 20;
 
+/// Where devices begin, and memory ends until 4 GiB: 3 GiB.
+pub const GAP: u64 = 0xc000_0000;
+
 /// What was found.
 pub struct Boot {
     line: &'static str,
@@ -13,6 +16,8 @@ pub struct Boot {
     count: usize,
     /// Where memory below 3 GiB ends.
     pub ram_end: u64,
+    /// Where all memory ends.
+    pub end: u64,
 }
 
 impl Boot {
@@ -20,17 +25,17 @@ impl Boot {
     pub fn read(start_info: u64) -> Self {
         let line = text(load::<u64>(start_info + 24), 4096);
         let map = load::<u64>(start_info + 40);
-        let ram_end = (0..u64::from(load::<u32>(start_info + 48)))
+        let ends = (0..u64::from(load::<u32>(start_info + 48)))
             .map(|entry| map + entry * 24)
-            .map(|entry| load::<u64>(entry).saturating_add(load::<u64>(entry + 8)))
-            .filter(|end| *end <= 0xc000_0000)
-            .max()
-            .unwrap_or(0);
+            .map(|entry| load::<u64>(entry).saturating_add(load::<u64>(entry + 8)));
+        let ram_end = ends.clone().filter(|end| *end <= GAP).max().unwrap_or(0);
+        let end = ends.max().unwrap_or(0);
         let mut boot = Self {
             line,
             devices: [Device::default(); MAX_DEVICES],
             count: 0,
             ram_end,
+            end,
         };
         for word in line.split(' ') {
             // virtio_mmio.device=4K@0xc0000000:5

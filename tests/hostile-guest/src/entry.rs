@@ -1,6 +1,6 @@
 //! From PVH's 32-bit entry to long mode, and the functions that compiled code expects to find.
 
-use crate::machine::TABLES;
+use crate::machine::{TABLES, string_move};
 use core::arch::{asm, global_asm};
 
 // The note names the entry (XEN_ELFNOTE_PHYS32_ENTRY, 18). The entry maps the first 4 GiB as they are, by pages of
@@ -66,11 +66,57 @@ hostile_start:
     movl %ebx, %edi
     call hostile_main
     ud2
+
+    // How another processor starts: copied to a page below 1 MiB, with what LGDT needs at its end. From real mode to
+    // long mode at once, with the tables of the first.
+    .code16
+    .globl hostile_other_start
+    .globl hostile_other_end
+hostile_other_start:
+    cli
+    cld
+    movw %cs, %ax
+    movw %ax, %ds
+    lgdtl 0xff0
+    movl $0x620, %eax
+    movl %eax, %cr4
+    movl ${tables}, %eax
+    movl %eax, %cr3
+    movl $0xc0000080, %ecx
+    rdmsr
+    orl $0x100, %eax
+    wrmsr
+    movl $0x80000033, %eax
+    movl %eax, %cr0
+    ljmpl $8, $4f
+hostile_other_end:
+    .code64
+4:  movl $16, %eax
+    movl %eax, %ds
+    movl %eax, %es
+    movl %eax, %ss
+    movl ${other_stack}, %esp
+    movl ${other_work}, %eax
+    callq *(%rax)
+    ud2
 "#,
+    other_stack = const crate::second::STACK,
+    other_work = const crate::second::WORK,
     tables = const TABLES,
     stack = const TABLES + 0x10_0000,
     options(att_syntax)
 );
+
+unsafe extern "C" {
+    static hostile_other_start: u8;
+    static hostile_other_end: u8;
+}
+
+/// Copies the code with which another processor starts to the page at `to`.
+pub fn put_start(to: u64) {
+    let (from, end) = (&raw const hostile_other_start, &raw const hostile_other_end);
+    string_move(from as u64, to, end as u64 - from as u64);
+}
 
 /// # Safety
 /// As of C's.

@@ -16,6 +16,9 @@ const TSS: u64 = TABLES as u64 + 0xa000;
 const HANDLER: u64 = TABLES as u64 + 0xb000;
 const HANDLER_STACK_END: u64 = TABLES as u64 + 0xd000;
 
+/// Registers of each processor's local APIC.
+pub const LOCAL_APIC: u64 = 0xfee0_0000;
+
 /// Where [`map_high`] shows memory: 4 GiB.
 pub const HIGH: u64 = 1 << 32;
 

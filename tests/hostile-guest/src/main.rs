@@ -17,8 +17,11 @@ mod entry;
 mod attack {
     pub mod console;
     pub mod cpu;
+    pub mod fetches;
     pub mod fs;
+    pub mod messages;
     pub mod net;
+    pub mod regions;
     pub mod registers;
     pub mod rings;
     pub mod vsock;
@@ -26,6 +29,7 @@ mod attack {
 mod boot;
 mod machine;
 mod report;
+mod second;
 mod virtio;
 
 use boot::Boot;
@@ -43,6 +47,9 @@ fn run(start_info: u64) -> ! {
         "rings" => attack::rings::all(&boot, &mut report),
         "vsock" => attack::vsock::all(&boot, &mut report),
         "vsock-agent" => attack::vsock::agent(&boot, &mut report),
+        "fetches" => attack::fetches::all(&boot, &mut report),
+        "fetches-agent" => attack::fetches::agent(&boot, &mut report),
+        "regions" => attack::regions::all(&boot, &mut report),
         "fs" => attack::fs::all(&boot, &mut report),
         "net" => attack::net::all(&boot, &mut report),
         "console" => attack::console::all(&boot, &mut report),

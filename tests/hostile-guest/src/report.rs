@@ -2,7 +2,7 @@
 
 use crate::boot::Boot;
 use crate::machine::{RINGS, store_bytes};
-use crate::virtio::{CONSOLE, Device, FEATURES, Ring};
+use crate::virtio::{CONSOLE, Device, FEATURES, KINDS, Ring};
 use core::fmt::{self, Write};
 
 /// Writes a line of progress.
@@ -29,6 +29,8 @@ pub struct Report {
     ring: Option<Ring>,
     /// How often something was not as it should be.
     pub wrong: u32,
+    /// The kinds of devices that were attacked: a bit for each of [`KINDS`].
+    attacked: u32,
     /// The first of that, repeated at the end: what is said early may not be kept.
     kept: [Option<Line>; 8],
 }
@@ -40,7 +42,15 @@ impl Report {
             console: boot.device(CONSOLE),
             ring: None,
             wrong: 0,
+            attacked: 0,
             kept: [const { None }; 8],
+        }
+    }
+
+    /// Remembers that a device of this kind is attacked, for the end.
+    pub fn attacks(&mut self, device: Device) {
+        if let Some(number) = KINDS.iter().position(|(kind, _)| *kind == device.kind) {
+            self.attacked |= 1 << number;
         }
     }
 
@@ -73,6 +83,11 @@ impl Report {
             .flatten()
         {
             self.write(line);
+        }
+        for (number, (_, name)) in KINDS.iter().enumerate() {
+            if self.attacked & 1 << number != 0 {
+                say!(self, "{word}: attacked: {name}");
+            }
         }
         let wrong = self.wrong;
         say!(self, "{word}: all was tried, {wrong} wrong");

@@ -2,6 +2,15 @@
 
 use crate::machine::{fill, load, store, wait};
 
+/// Names of the device kinds.
+pub const KINDS: [(u32, &str); 5] = [
+    (NET, "net"),
+    (CONSOLE, "console"),
+    (RNG, "rng"),
+    (VSOCK, "vsock"),
+    (FS, "fs"),
+];
+
 /// Device kinds.
 pub const NET: u32 = 1;
 /// Console.
@@ -15,6 +24,8 @@ pub const FS: u32 = 26;
 
 /// `VIRTIO_F_VERSION_1` and `VIRTIO_RING_F_INDIRECT_DESC`; the latter only where it is offered.
 pub const FEATURES: u64 = 1 << 32 | 1 << 28;
+/// `VIRTIO_RING_F_EVENT_IDX`.
+pub const EVENTS: u64 = 1 << 29;
 
 /// Flags of a descriptor.
 pub const NEXT: u16 = 1;
@@ -103,14 +114,8 @@ impl Device {
 
     /// Its name.
     pub fn name(&self) -> &'static str {
-        match self.kind {
-            NET => "net",
-            CONSOLE => "console",
-            RNG => "rng",
-            VSOCK => "vsock",
-            FS => "fs",
-            _ => "unknown",
-        }
+        let found = KINDS.iter().find(|(kind, _)| *kind == self.kind);
+        found.map_or("unknown", |(_, name)| name)
     }
 
     /// Reads a register.
@@ -252,6 +257,16 @@ impl Ring {
     /// Address of what is used.
     pub fn used_ring(&self) -> u64 {
         self.base + 0xc000
+    }
+
+    /// Where the driver says which used buffer it is to be told of: `used_event`.
+    pub fn wanted_event(&self) -> u64 {
+        self.available() + 4 + 2 * u64::from(self.size)
+    }
+
+    /// Where the device says which available buffer it is to be told of: `avail_event`.
+    pub fn offered_event(&self) -> u64 {
+        self.used_ring() + 4 + 8 * u64::from(self.size)
     }
 
     /// Writes a descriptor.

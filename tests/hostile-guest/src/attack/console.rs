@@ -33,6 +33,7 @@ pub fn all(boot: &Boot, report: &mut Report) {
     let Some(device) = boot.device(CONSOLE) else {
         return wrong!(report, "there is no console");
     };
+    report.attacks(device);
     report.give_up_console();
     let [_, Some(mut ring), ..] = device.bring_up(FEATURES) else {
         return;

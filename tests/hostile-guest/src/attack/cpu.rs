@@ -6,7 +6,6 @@ use crate::machine::*;
 use crate::report::{Report, say, wrong};
 
 const IOAPIC: u64 = 0xfec0_0000;
-const LOCAL_APIC: u64 = 0xfee0_0000;
 const JUNK: u64 = 0xa5a5_5a5a_c3c3_3c3c;
 
 /// All of it.

@@ -6,6 +6,8 @@ use crate::machine::{BUFFERS, fill, load, store, store_bytes};
 use crate::report::{Report, say, wrong};
 use crate::virtio::*;
 
+/// The queues: of urgent requests and of all others. The device serves both alike.
+const URGENT: u16 = 0;
 const REQUESTS: u16 = 1;
 const ROOT: u64 = 1;
 const HEADER: u64 = 40;
@@ -35,28 +37,38 @@ mod op {
     pub const INIT: u32 = 26;
     pub const OPENDIR: u32 = 27;
     pub const READDIR: u32 = 28;
+    pub const RELEASEDIR: u32 = 29;
     pub const CREATE: u32 = 35;
+    pub const INTERRUPT: u32 = 36;
     pub const BATCH_FORGET: u32 = 42;
     pub const READDIRPLUS: u32 = 44;
     pub const RENAME2: u32 = 45;
+    pub const TMPFILE: u32 = 51;
 }
 
 struct Share {
     device: Device,
-    ring: Ring,
+    /// Which of its queues the requests go to.
+    queue: u16,
+    rings: [Option<Ring>; FIRST],
     unique: u64,
 }
 
 impl Share {
-    fn new(device: Device) -> Option<Self> {
-        let [_, Some(ring), ..] = device.bring_up(FEATURES) else {
-            return None;
-        };
+    fn new(device: Device, features: u64, queue: u16) -> Option<Self> {
+        let rings = device.bring_up(features);
+        rings.get(usize::from(queue))?.as_ref()?;
         Some(Self {
             device,
-            ring,
+            queue,
+            rings,
             unique: 0,
         })
+    }
+
+    /// The queue that the requests go to.
+    fn ring(&mut self) -> Option<&mut Ring> {
+        self.rings.get_mut(usize::from(self.queue))?.as_mut()
     }
 
     /// Begins a session as Linux does. Whether the server agrees.
@@ -87,11 +99,13 @@ impl Share {
     /// Sends what was written, `length` bytes of it, with so many bytes for the reply. How many were used.
     fn send(&mut self, length: u32, room: u32) -> Option<u32> {
         store(REPLY + 4, 0x5555_5555u32);
-        self.ring.put(0, REQUEST, length, NEXT, 1);
-        self.ring.put(1, REPLY, room, WRITE, 0);
-        self.ring.offer(0);
-        self.device.notify(REQUESTS.into());
-        self.ring.wait_take().map(|(_, used)| used)
+        let (device, queue) = (self.device, self.queue);
+        let ring = self.ring()?;
+        ring.put(0, REQUEST, length, NEXT, 1);
+        ring.put(1, REPLY, room, WRITE, 0);
+        ring.offer(0);
+        device.notify(queue.into());
+        ring.wait_take().map(|(_, used)| used)
     }
 
     /// Sends a request; the error of its reply, 0 if it was done, `None` if there is none.
@@ -104,10 +118,24 @@ impl Share {
 
 /// Whether a session can begin and the root be asked for.
 pub fn alive(device: Device) -> bool {
-    let Some(mut share) = Share::new(device) else {
+    let Some(mut share) = Share::new(device, FEATURES, REQUESTS) else {
         return false;
     };
     share.begin() && share.call(op::GETATTR, ROOT, &[&[0; 16]]) == Some(0)
+}
+
+/// Begins a session and opens a file that has no name: the queues and the file's handle.
+pub fn opened(device: Device, features: u64) -> Option<([Option<Ring>; FIRST], u64)> {
+    let mut share = Share::new(device, features, REQUESTS)?;
+    if !share.begin() {
+        return None;
+    }
+    let mut arguments = [0u8; 16];
+    arguments[0] = 2; // O_RDWR
+    arguments[4..8].copy_from_slice(&0o100_600u32.to_le_bytes());
+    let made = share.call(op::TMPFILE, ROOT, &[&arguments, b"none\0"]) == Some(0);
+    // Behind the reply's header and its entry.
+    made.then(|| (share.rings, load(REPLY + 16 + 128)))
 }
 
 /// All of it.
@@ -115,10 +143,60 @@ pub fn all(boot: &Boot, report: &mut Report) {
     let Some(device) = boot.device(FS) else {
         return wrong!(report, "there is no file system");
     };
-    let Some(mut share) = Share::new(device) else {
+    report.attacks(device);
+    if device.queues <= REQUESTS {
+        return wrong!(report, "the file system has {} queues", device.queues);
+    }
+    for queue in [REQUESTS, URGENT] {
+        queue_of(device, queue, report);
+    }
+    say!(report, "fs: one session, both queues");
+    both(device, report);
+    if !alive(device) {
+        wrong!(report, "the file system does not work at the end");
+    }
+}
+
+/// A session of both queues: what one is told holds for the other.
+fn both(device: Device, report: &mut Report) {
+    let Some(mut share) = Share::new(device, FEATURES, URGENT) else {
+        return;
+    };
+    if !share.begin() {
+        return wrong!(report, "fs: no session by the urgent queue");
+    }
+    for queue in [REQUESTS, URGENT, REQUESTS] {
+        share.queue = queue;
+        // Forgotten far more often than looked for, then forgotten in a batch that is cut short.
+        share.call(op::FORGET, ROOT, &[&u64::MAX.to_le_bytes()]);
+        share.call(op::FORGET, u64::MAX, &[&u64::MAX.to_le_bytes()]);
+        share.call(op::BATCH_FORGET, 0, &[&[0xff; 24]]);
+        share.call(op::INTERRUPT, 0, &[&[0xff; 8]]);
+        if share.call(op::GETATTR, ROOT, &[&[0; 16]]) != Some(0) {
+            wrong!(report, "fs: queue {queue} has lost the session");
+        }
+        let opened = share.call(op::OPENDIR, ROOT, &[&[0; 8]]) == Some(0);
+        let handle = load::<[u8; 8]>(REPLY + 16);
+        // Closed by the other queue, twice.
+        share.queue = URGENT + REQUESTS - queue;
+        for _ in 0..2 {
+            share.call(op::RELEASEDIR, ROOT, &[&handle, &[0; 16]]);
+        }
+        let mut arguments = [0u8; 40];
+        arguments[..8].copy_from_slice(&handle);
+        arguments[16..20].copy_from_slice(&4096u32.to_le_bytes());
+        if opened && share.call(op::READDIR, ROOT, &[&arguments]) == Some(0) {
+            wrong!(report, "fs: a directory closed by queue {} is open", share.queue);
+        }
+    }
+}
+
+/// All of it that goes to one queue.
+fn queue_of(device: Device, queue: u16, report: &mut Report) {
+    let Some(mut share) = Share::new(device, FEATURES, queue) else {
         return wrong!(report, "the file system does not start");
     };
-    say!(report, "fs: requests before the session");
+    say!(report, "fs: queue {queue}: requests before the session");
     // Some are answered: there is no harm in it.
     for opcode in (0..60).filter(|opcode| *opcode != op::INIT) {
         share.call(opcode, ROOT, &[&[0; 128]]);
@@ -136,14 +214,14 @@ pub fn all(boot: &Boot, report: &mut Report) {
         wrong!(report, "the file system does not work after lengths that lie");
     }
     say!(report, "fs: unknown operations, junk");
-    junk(device, report);
+    junk(device, queue, report);
     if !alive(device) {
         wrong!(report, "the file system does not work after junk");
     }
     say!(report, "fs: nodes without end");
-    many(device, report);
+    many(device, queue, report);
     if !alive(device) {
-        wrong!(report, "the file system does not work at the end");
+        wrong!(report, "the file system does not work after queue {queue}");
     }
 }
 
@@ -285,9 +363,9 @@ fn lengths(share: &mut Share, report: &mut Report) {
     let _ = length;
 }
 
-/// Every operation with arguments of ones, zeroes and noise, of many lengths, on the root and on both queues.
-fn junk(device: Device, report: &mut Report) {
-    let Some(mut share) = Share::new(device) else {
+/// Every operation with arguments of ones, zeroes and noise, of many lengths, on the root and on nodes of noise.
+fn junk(device: Device, queue: u16, report: &mut Report) {
+    let Some(mut share) = Share::new(device, FEATURES, queue) else {
         return;
     };
     if !share.begin() {
@@ -322,22 +400,23 @@ fn junk(device: Device, report: &mut Report) {
 
 /// Directories that are opened and never closed, many at a time, and requests that nobody waits for. All requests are the
 /// same memory, and so are their replies.
-fn many(device: Device, report: &mut Report) {
-    let Some(mut share) = Share::new(device) else {
+fn many(device: Device, queue: u16, report: &mut Report) {
+    let Some(mut share) = Share::new(device, FEATURES, queue) else {
         return;
     };
     share.begin();
     let length = share.write(op::OPENDIR, ROOT, &[&[0; 8]]);
-    let heads = share.ring.size / 2;
+    let Some(ring) = share.ring() else { return };
+    let heads = ring.size / 2;
     for round in 0..40 {
         for head in (0..heads).map(|number| number * 2) {
-            share.ring.put(head, REQUEST, length, NEXT, head + 1);
-            share.ring.put(head + 1, REPLY, REPLY_SIZE, WRITE, 0);
-            share.ring.offer(head);
+            ring.put(head, REQUEST, length, NEXT, head + 1);
+            ring.put(head + 1, REPLY, REPLY_SIZE, WRITE, 0);
+            ring.offer(head);
         }
-        share.device.notify(REQUESTS.into());
+        device.notify(queue.into());
         // At the end nobody waits, and the device is reset.
-        if round < 30 && !share.ring.wait_used(heads) {
+        if round < 30 && !ring.wait_used(heads) {
             return wrong!(
                 report,
                 "fs stands still after {round} times {heads} open directories"

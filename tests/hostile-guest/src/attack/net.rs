@@ -34,8 +34,12 @@ fn send(device: Device, ring: &mut Ring, length: u32) -> bool {
 
 /// All of it, for each NIC.
 pub fn all(boot: &Boot, report: &mut Report) {
+    if boot.device(NET).is_none() {
+        return wrong!(report, "there is no NIC");
+    }
     for device in boot.devices().iter().copied().filter(|device| device.kind == NET) {
         say!(report, "net: NIC in slot {}", device.slot);
+        report.attacks(device);
         for features in [FEATURES, u64::MAX] {
             frames(device, report, features);
             spoofed(device, report, features);
@@ -61,7 +65,8 @@ fn write_frame(source: [u8; 6]) {
     );
 }
 
-fn own_address(device: Device) -> [u8; 6] {
+/// The machine's own address.
+pub fn own_address(device: Device) -> [u8; 6] {
     core::array::from_fn(|at| load(device.base + reg::CONFIG + at as u64))
 }
 

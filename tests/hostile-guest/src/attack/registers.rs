@@ -10,6 +10,7 @@ use crate::virtio::*;
 /// All of it, for the first device of every kind.
 pub fn all(boot: &Boot, report: &mut Report) {
     for device in boot.kinds() {
+        report.attacks(device);
         say!(report, "registers of {} in slot {}", device.name(), device.slot);
         report.give_up_console();
         features(device, report);

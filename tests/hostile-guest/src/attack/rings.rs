@@ -172,7 +172,7 @@ const MALFORMATIONS: &[(&str, Make)] = &[
     ("unknown flags", |ring, _| single(ring, BUFFERS, 64, 0xfff8)),
     ("no interrupts wanted, a wild used_event", |ring, _| {
         store(ring.available(), 0xffffu16);
-        store(ring.available() + 4 + 2 * u64::from(ring.size), 0x8000u16);
+        store(ring.wanted_event(), 0x8000u16);
         both(ring, BUFFERS, 64);
     }),
     ("a used index of its own", |ring, _| {
@@ -298,21 +298,28 @@ pub fn all(boot: &Boot, report: &mut Report) {
             ram_end: boot.ram_end,
             registers: device.base,
         };
+        report.attacks(device);
         say!(report, "rings of {} in slot {}", device.name(), device.slot);
         check(device, report, "nothing yet");
-        chains(device, report, &places);
+        chains(device, report, &places, FEATURES);
+        say!(report, "rings of {} with events", device.name());
+        if device.offered & EVENTS == 0 || !device.negotiate(FEATURES | EVENTS) {
+            wrong!(report, "{} does not offer EVENT_IDX", device.name());
+        }
+        chains(device, report, &places, FEATURES | EVENTS);
+        events(device, report);
         say!(report, "registers of queues of {}", device.name());
         registers(device, report, &places);
         in_flight(device, report);
     }
 }
 
-fn chains(device: Device, report: &mut Report, places: &Places) {
+fn chains(device: Device, report: &mut Report, places: &Places, features: u64) {
     for (number, (name, make)) in MALFORMATIONS.iter().enumerate() {
         if device.kind == CONSOLE {
             report.give_up_console();
         }
-        let mut rings = device.bring_up(FEATURES);
+        let mut rings = device.bring_up(features);
         for (queue, ring) in rings.iter_mut().enumerate() {
             let Some(ring) = ring else { continue };
             make(ring, places);
@@ -321,6 +328,50 @@ fn chains(device: Device, report: &mut Report, places: &Places) {
         moment();
         if number % 4 == 3 {
             check(device, report, name);
+        }
+    }
+}
+
+/// EVENT_IDX with indexes of nonsense, before and after requests, many at a time: when an interrupt is wanted, and when
+/// a notification. Whatever they say, a driver that looks finds its buffers used.
+fn events(device: Device, report: &mut Report) {
+    for (number, wild) in [0u16, 1, 2, 0x7ffe, 0x7fff, 0x8000, 0xfffe, 0xffff]
+        .into_iter()
+        .enumerate()
+    {
+        if device.kind == CONSOLE {
+            report.give_up_console();
+        }
+        let mut rings = device.bring_up(FEATURES | EVENTS);
+        for (queue, ring) in rings.iter_mut().enumerate() {
+            let Some(ring) = ring else { continue };
+            store(ring.wanted_event(), wild);
+            store(ring.offered_event(), wild);
+            both(ring, BUFFERS, 64);
+            device.notify(queue as u32);
+            for _ in 1..ring.size / 2 {
+                store(ring.wanted_event(), wild.wrapping_mul(ring.fresh()));
+                store(ring.offered_event(), !wild);
+                both(ring, BUFFERS, 64);
+            }
+            device.notify(queue as u32);
+        }
+        moment();
+        for (queue, ring) in rings.iter().enumerate() {
+            let Some(ring) = ring else { continue };
+            // What these are sent goes back at once.
+            let served = matches!((device.kind, queue), (RNG | FS, _) | (CONSOLE, 1));
+            if served && !ring.wait_fresh(ring.size, 60_000_000_000) {
+                let back = ring.fresh();
+                wrong!(
+                    report,
+                    "{} gave {back} back with an event of {wild}",
+                    device.name()
+                );
+            }
+        }
+        if number % 4 == 3 {
+            check(device, report, "wild events");
         }
     }
 }

@@ -17,7 +17,7 @@ const HEADER: u64 = 44;
 const INCOMING: u64 = BUFFERS + 0x10_0000;
 const INCOMING_SIZE: u32 = 8192;
 /// The packet to the host.
-const OUTGOING: u64 = BUFFERS + 0x80_0000;
+pub const OUTGOING: u64 = BUFFERS + 0x80_0000;
 
 mod op {
     pub const REQUEST: u16 = 1;
@@ -144,6 +144,7 @@ pub fn all(boot: &Boot, report: &mut Report) {
     let Some(device) = boot.device(VSOCK) else {
         return wrong!(report, "there is no vsock");
     };
+    report.attacks(device);
     say!(report, "vsock: headers that lie");
     let Some(mut socket) = Socket::new(device) else {
         return wrong!(report, "vsock does not start");
@@ -338,17 +339,51 @@ fn not_taken(device: Device, report: &mut Report) {
     }
 }
 
-/// A connection in place of the agent's, and what can be wrong with it. The engine may end the machine meanwhile.
-pub fn agent(boot: &Boot, report: &mut Report) {
-    let Some(mut socket) = boot.device(VSOCK).and_then(Socket::new) else {
-        return wrong!(report, "there is no vsock");
+/// A connection in place of the agent's.
+fn connected(boot: &Boot, report: &mut Report) -> Option<Socket> {
+    let device = boot.device(VSOCK);
+    let Some(mut socket) = device.and_then(Socket::new) else {
+        wrong!(report, "there is no vsock");
+        return None;
     };
+    report.attacks(socket.device);
     let request = socket.packet(op::REQUEST, 1030, AGENT_PORT);
     socket.send(request, HEADER as u32);
-    match socket.answer(LONG) {
-        Some((op::RESPONSE, 1030, AGENT_PORT)) => say!(report, "vsock-agent: connected"),
-        _ => return wrong!(report, "no connection to the agent's port"),
+    if socket.answer(LONG) != Some((op::RESPONSE, 1030, AGENT_PORT)) {
+        wrong!(report, "no connection to the agent's port");
+        return None;
     }
+    Some(socket)
+}
+
+/// Data on a connection in place of the agent's, of which `change` has the headers changed. The engine may end the
+/// machine meanwhile.
+pub fn agent_changed(boot: &Boot, report: &mut Report, change: impl FnOnce()) {
+    let Some(mut socket) = connected(boot, report) else {
+        return;
+    };
+    say!(report, "fetches-agent: connected");
+    fill(OUTGOING + HEADER, 65536, 0xff);
+    let data = Packet {
+        op: op::RW,
+        length: 64,
+        ..socket.packet(op::RW, 1030, AGENT_PORT)
+    };
+    change();
+    for _ in 0..2000 {
+        if !socket.send(data, HEADER as u32 + 65536) {
+            break;
+        }
+        while socket.answer(0).is_some() {}
+    }
+}
+
+/// A connection in place of the agent's, and what can be wrong with it. The engine may end the machine meanwhile.
+pub fn agent(boot: &Boot, report: &mut Report) {
+    let Some(mut socket) = connected(boot, report) else {
+        return;
+    };
+    say!(report, "vsock-agent: connected");
     // Forged credit, in both directions.
     let update = socket.packet(op::CREDIT_UPDATE, 1030, AGENT_PORT);
     for (allocated, forwarded) in [
