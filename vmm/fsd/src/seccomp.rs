@@ -120,9 +120,8 @@ mod tests {
     }
 
     #[test]
-    fn the_readme_tells_what_is_allowed() {
-        let readme = include_str!("../../../README.md");
-        let lines = [
+    fn the_readme_tells_what_is_allowed_and_nothing_else() {
+        let told = [
             format!(
                 "| `husk-fsd` `main` | {} |",
                 told(MAIN, seccomp::memory(true).unwrap())
@@ -132,8 +131,16 @@ mod tests {
                 told(WORKER, worker_rules().unwrap())
             ),
         ];
-        let missing: Vec<_> = lines.iter().filter(|line| !readme.contains(*line)).collect();
-        assert!(missing.is_empty(), "the README lacks\n{missing:#?}");
+        // The VMM's own tests look at the others.
+        let mut lines = include_str!("../../../README.md").lines();
+        assert!(lines.any(|line| line == "| thread | calls | |"));
+        let table = lines.by_ref().skip(1).take_while(|line| line.starts_with('|'));
+        let rows: Vec<_> = table.filter(|row| row.starts_with("| `husk-fsd` ")).collect();
+        assert_eq!(rows, told);
+        assert!(
+            !lines.any(|line| line.starts_with("| `husk-fsd` `")),
+            "rows of another table"
+        );
     }
 
     #[test]

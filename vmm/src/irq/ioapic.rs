@@ -25,6 +25,8 @@ const LEVEL: u64 = 1 << 15;
 const LOGICAL: u64 = 1 << 11;
 /// Delivery status and remote IRR: always 0 for edges.
 const READ_ONLY: u64 = (1 << 12) | (1 << 14);
+/// Its id has four bits.
+const MAX_ID: u8 = 0x0f;
 /// Bits of an entry that exist.
 const WRITABLE: u64 = 0xff00_0000_0001_ffff & !READ_ONLY;
 
@@ -48,6 +50,7 @@ pub trait Router: Send {
 
 /// The registers.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct State {
     select: u8,
     id: u8,
@@ -59,6 +62,25 @@ pub struct IoApic {
     state: State,
     lines: Vec<(u32, Interrupt)>,
     router: Box<dyn Router>,
+}
+
+/// Why an IOAPIC is not restored.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// It has more than the bits that there are.
+    #[error("no IOAPIC has the id {0:#x}")]
+    Id(u8),
+    /// The same.
+    #[error("the entry of pin {pin} cannot be {entry:#x}")]
+    Entry {
+        /// Which.
+        pin: usize,
+        /// What it would be.
+        entry: u64,
+    },
+    /// The routes could not be set.
+    #[error("the interrupt routes could not be set")]
+    Routes(#[source] io::Error),
 }
 
 impl IoApic {
@@ -81,13 +103,21 @@ impl IoApic {
     /// One with these registers, its routes set.
     ///
     /// # Errors
-    /// When the routes could not be set.
-    pub fn restore(state: State, router: Box<dyn Router>, lines: Vec<(u32, Interrupt)>) -> io::Result<Self> {
-        let mut io_apic = Self { state, lines, router };
-        for entry in &mut io_apic.state.entries {
-            *entry &= WRITABLE;
+    /// When it cannot have come to these registers, or the routes could not be set.
+    pub fn restore(
+        state: State,
+        router: Box<dyn Router>,
+        lines: Vec<(u32, Interrupt)>,
+    ) -> Result<Self, RestoreError> {
+        if state.id > MAX_ID {
+            return Err(RestoreError::Id(state.id));
         }
-        io_apic.route()?;
+        let mut entries = state.entries.iter().copied().enumerate();
+        if let Some((pin, entry)) = entries.find(|(_, entry)| entry & !WRITABLE != 0) {
+            return Err(RestoreError::Entry { pin, entry });
+        }
+        let mut io_apic = Self { state, lines, router };
+        io_apic.route().map_err(RestoreError::Routes)?;
         Ok(io_apic)
     }
 
@@ -140,7 +170,7 @@ impl IoApic {
 
     fn set_register(&mut self, value: u32) {
         if self.state.select == REG_ID {
-            self.state.id = (value >> 24) as u8 & 0x0f;
+            self.state.id = (value >> 24) as u8 & MAX_ID;
             return;
         }
         let Some((pin, high)) = self.selected() else {
@@ -296,6 +326,24 @@ mod tests {
         assert_eq!(again.lock().unwrap().1, routes.lock().unwrap().1);
     }
 
+    #[test]
+    fn registers_that_there_are_not_are_refused() {
+        let good = io_apic(vec![]).0.save();
+        let restore = |state| IoApic::restore(state, Box::new(Recorder(Routes::default())), vec![]).map(drop);
+        restore(good.clone()).unwrap();
+        for bit in (0..64).filter(|bit| WRITABLE >> bit & 1 == 0) {
+            let mut state = good.clone();
+            state.entries[7] |= 1 << bit;
+            let refused = restore(state).unwrap_err();
+            assert!(
+                matches!(refused, RestoreError::Entry { pin: 7, .. }),
+                "{bit}: {refused}"
+            );
+        }
+        let state = State { id: 0x10, ..good };
+        assert!(matches!(restore(state), Err(RestoreError::Id(0x10))));
+    }
+
     proptest! {
         #[test]
         fn any_access_is_taken(
@@ -307,7 +355,13 @@ mod tests {
                 let offset = if offset % 2 == 0 { offset } else { (offset & 2) * 8 };
                 if write { io_apic.write(offset, &data) } else { io_apic.read(offset, &mut data) }
             }
-            prop_assert!(routes.lock().unwrap().1.len() <= IOAPIC_PINS);
+            let routes = routes.lock().unwrap();
+            prop_assert!(routes.1.len() <= IOAPIC_PINS);
+            // And wherever it has come to, a copy can go on from there.
+            let again = Routes::default();
+            let copy = IoApic::restore(io_apic.save(), Box::new(Recorder(Arc::clone(&again))), vec![]).unwrap();
+            prop_assert_eq!(copy.save(), io_apic.save());
+            prop_assert_eq!(&again.lock().unwrap().1, &routes.1);
         }
     }
 }

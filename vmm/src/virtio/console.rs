@@ -2,6 +2,7 @@
 
 use super::buffers::retry;
 use super::device::{ActivateError, Activation, ActiveQueue, Device, Interrupt};
+use super::registers::RestoreError;
 use super::requests;
 use crate::lockdown::seccomp;
 use crate::memory::Memory;
@@ -65,7 +66,7 @@ impl Console {
             line_start: true,
             ..State::default()
         };
-        Self::restore(state, output, panicked)
+        Ok(Self::restore(state, output, panicked)?)
     }
 
     /// What a copy of the device has to know.
@@ -76,8 +77,15 @@ impl Console {
     /// A copy of a saved device; see [`new`](Self::new).
     ///
     /// # Errors
-    /// As there.
-    pub fn restore(state: State, output: OwnedFd, panicked: Arc<AtomicBool>) -> io::Result<Self> {
+    /// As there, and when the state is none that a device can have.
+    pub fn restore(state: State, output: OwnedFd, panicked: Arc<AtomicBool>) -> Result<Self, RestoreError> {
+        // Having seen all of it the device starts anew.
+        if usize::from(state.panic_seen) >= PANIC.len() {
+            return Err(RestoreError::Device {
+                device: "console",
+                what: format!("{} bytes of a panic's message", state.panic_seen),
+            });
+        }
         let state = Arc::new(Mutex::new(state));
         Ok(Self {
             state: state.clone(),

@@ -267,6 +267,26 @@ fn the_state_survives() {
 }
 
 #[test]
+fn a_panic_that_was_seen_as_a_whole_is_no_state() {
+    let (_reader, output) = pipe();
+    let state = State {
+        panic_seen: PANIC.len() as u8,
+        ..State::default()
+    };
+    let refused = Console::restore(state, output, Arc::default()).unwrap_err();
+    assert!(
+        matches!(
+            refused,
+            RestoreError::Device {
+                device: "console",
+                ..
+            }
+        ),
+        "{refused}"
+    );
+}
+
+#[test]
 fn the_device_gives_its_output_back_on_reset() {
     let (mut reader, output) = pipe();
     let mut console = Console::new(output, Arc::default()).unwrap();

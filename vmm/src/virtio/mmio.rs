@@ -2,11 +2,14 @@
 //! starts a device.
 
 use super::device::{Activation, ActiveQueue, Device, Interrupt};
+use super::registers::{
+    NEGOTIATED, QueueError, QueueRegisters, RestoreError, StartError, TAKEN, TRANSITIONS, is_acceptable,
+};
 use crate::memory::Memory;
 use crate::{log, warning};
-use serde::{Deserialize, Serialize};
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Queue, QueueState, QueueT};
@@ -46,6 +49,8 @@ pub mod register {
 }
 use register as reg;
 
+pub use super::registers::State;
+
 #[allow(missing_docs)] // The standard's names.
 pub mod status {
     pub const ACKNOWLEDGE: u32 = 1;
@@ -55,47 +60,13 @@ pub mod status {
     pub const NEEDS_RESET: u32 = 64;
     pub const FAILED: u32 = 128;
 }
-use status::{ACKNOWLEDGE, DRIVER, DRIVER_OK, FAILED, FEATURES_OK, NEEDS_RESET};
+use status::{DRIVER, DRIVER_OK, FAILED, FEATURES_OK, NEEDS_RESET};
 
 /// "virt".
 const MAGIC: u32 = 0x7472_6976;
 const VERSION: u32 = 2;
 /// "HUSK".
 const VENDOR: u32 = 0x4b53_5548;
-
-/// The ways of the status register that a driver may go, besides setting FAILED and writing 0 (a reset).
-const TRANSITIONS: [(u32, u32); 4] = [
-    (0, ACKNOWLEDGE),
-    (ACKNOWLEDGE, ACKNOWLEDGE | DRIVER),
-    (ACKNOWLEDGE | DRIVER, ACKNOWLEDGE | DRIVER | FEATURES_OK),
-    (
-        ACKNOWLEDGE | DRIVER | FEATURES_OK,
-        ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK,
-    ),
-];
-
-/// One queue's registers, as the driver wrote them: unchecked.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-struct QueueRegisters {
-    size: u32,
-    ready: bool,
-    descriptors: u64,
-    available: u64,
-    used: u64,
-}
-
-/// The transport's registers. What an active device has done with its queues is in the device's own state.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct State {
-    status: u32,
-    driver_features: u64,
-    device_features_select: u32,
-    driver_features_select: u32,
-    queue_select: u32,
-    queues: Vec<QueueRegisters>,
-    interrupt_status: u32,
-    generation: u32,
-}
 
 /// A device behind its registers.
 pub struct Transport {
@@ -121,26 +92,15 @@ impl Transport {
             .map(|_| EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map(Arc::new))
             .collect::<io::Result<Vec<_>>>()?;
         let config_seen = device.config().to_vec();
-        let mut transport = Self {
+        Ok(Self {
             device,
             memory,
             interrupt,
             notifiers,
             active: false,
             config_seen,
-            state: State {
-                status: 0,
-                driver_features: 0,
-                device_features_select: 0,
-                driver_features_select: 0,
-                queue_select: 0,
-                queues: Vec::with_capacity(sizes.len()),
-                interrupt_status: 0,
-                generation: 0,
-            },
-        };
-        transport.forget();
-        Ok(transport)
+            state: State::new(sizes),
+        })
     }
 
     /// The registers.
@@ -151,26 +111,27 @@ impl Transport {
         }
     }
 
-    /// A transport with these registers. `device` was restored before, and goes on by itself if it was active.
+    /// A transport with these registers, in front of a `device` that was restored before. If the device was active it
+    /// goes on where its used rings end: what it had taken and not returned it takes once more.
     ///
     /// # Errors
-    /// When no descriptors are to be had, or the state is of another device.
+    /// When no driver can have come to these registers in front of such a device, or no descriptors are to be had.
     pub fn restore(
         state: State,
         device: Box<dyn Device>,
         memory: Memory,
         interrupt: Interrupt,
-    ) -> io::Result<Self> {
+    ) -> Result<Self, RestoreError> {
         let mut transport = Self::new(device, memory, interrupt)?;
-        if state.queues.len() != transport.state.queues.len() {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidData,
-                "the state is that of another device",
-            ));
-        }
+        state.check(transport.offered(), transport.device.queue_max_sizes())?;
         transport.interrupt.restore(state.interrupt_status);
-        transport.active = state.status & DRIVER_OK != 0;
         transport.state = state;
+        if transport.state.is_active() {
+            transport.activate(Rings::Old)?;
+        } else {
+            // What it brings along from an earlier driver is nobody's.
+            transport.device.reset();
+        }
         Ok(transport)
     }
 
@@ -283,14 +244,14 @@ impl Transport {
 
     /// The selected queue, if its registers may be written now: after FEATURES_OK and before DRIVER_OK.
     fn configurable_queue(&mut self) -> Option<&mut QueueRegisters> {
-        if self.state.status != ACKNOWLEDGE | DRIVER | FEATURES_OK {
+        if self.state.status != NEGOTIATED {
             return None;
         }
         self.state.queues.get_mut(self.state.queue_select as usize)
     }
 
     fn set_driver_features(&mut self, value: u32) {
-        if self.state.status != ACKNOWLEDGE | DRIVER {
+        if self.state.status != TAKEN {
             return;
         }
         match self.state.driver_features_select {
@@ -323,7 +284,7 @@ impl Transport {
             warning!("a driver goes from status {now:#x} to {wanted:#x}, which is not allowed");
             return;
         }
-        if wanted & !now == FEATURES_OK && !self.features_acceptable() {
+        if wanted & !now == FEATURES_OK && !is_acceptable(self.state.driver_features, self.offered()) {
             warning!(
                 "a driver accepts features {:#x}, which it may not",
                 self.state.driver_features
@@ -332,22 +293,21 @@ impl Transport {
         }
         self.state.status = wanted | device_bits;
         if wanted & !now == DRIVER_OK {
-            if let Err(reason) = self.activate() {
-                warning!("device {} cannot start: {reason}", self.device.kind());
+            if let Err(reason) = self.activate(Rings::New) {
+                warning!(
+                    "device {} cannot start: {}",
+                    self.device.kind(),
+                    log::chain(&reason)
+                );
                 self.state.status |= NEEDS_RESET;
                 self.interrupt.signal_config();
             }
         }
     }
 
-    fn features_acceptable(&self) -> bool {
-        let accepted = self.state.driver_features;
-        accepted & !self.offered() == 0 && accepted & (1 << VIRTIO_F_VERSION_1) != 0
-    }
-
-    fn activate(&mut self) -> Result<(), String> {
+    fn activate(&mut self, rings: Rings) -> Result<(), StartError> {
         if self.active {
-            return Err("it is active already".into());
+            return Err(StartError::Active);
         }
         let event_idx = self.state.driver_features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
         let mut queues = Vec::with_capacity(self.state.queues.len());
@@ -360,8 +320,8 @@ impl Transport {
             .zip(maxima)
             .zip(&self.notifiers)
         {
-            let queue = checked_queue(registers, *max, event_idx, &self.memory)
-                .map_err(|reason| format!("queue {index}: {reason}"))?;
+            let queue = checked_queue(registers, *max, event_idx, &self.memory, rings)
+                .map_err(|source| StartError::Queue { index, source })?;
             // A notification from before the device was ready is none.
             let _ = notifier.read();
             queues.push(ActiveQueue {
@@ -375,7 +335,7 @@ impl Transport {
             interrupt: self.interrupt.clone(),
             features: self.state.driver_features,
         };
-        self.device.activate(activation).map_err(|e| log::chain(&e))?;
+        self.device.activate(activation)?;
         self.active = true;
         Ok(())
     }
@@ -388,17 +348,11 @@ impl Transport {
     }
 
     fn forget(&mut self) {
-        self.state.status = 0;
-        self.state.driver_features = 0;
-        self.state.device_features_select = 0;
-        self.state.driver_features_select = 0;
-        self.state.queue_select = 0;
-        self.state.queues.clear();
-        let maxima = self.device.queue_max_sizes();
-        self.state.queues.extend(maxima.iter().map(|max| QueueRegisters {
-            size: u32::from(*max),
-            ..QueueRegisters::default()
-        }));
+        self.state = State {
+            // A driver may hold on to what it read before.
+            generation: self.state.generation,
+            ..State::new(self.device.queue_max_sizes())
+        };
         self.interrupt.acknowledge(u32::MAX);
     }
 
@@ -426,29 +380,45 @@ fn set_high(address: &mut u64, value: u32) {
     *address = (*address & 0xffff_ffff) | (u64::from(value) << 32);
 }
 
+/// Whether a driver has just made its rings, or they have been in use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Rings {
+    New,
+    Old,
+}
+
 /// The queue that the registers describe, if its size is allowed and its rings are aligned and in guest memory.
 fn checked_queue(
     registers: &QueueRegisters,
     max_size: u16,
     event_idx: bool,
     memory: &Memory,
-) -> Result<Queue, String> {
-    let default = Queue::new(max_size).map_err(|e| e.to_string())?;
+    rings: Rings,
+) -> Result<Queue, QueueError> {
+    let default = Queue::new(max_size).map_err(QueueError::Registers)?;
     if !registers.ready {
         return Ok(default);
     }
     let state = QueueState {
         event_idx_enabled: event_idx,
-        size: u16::try_from(registers.size).map_err(|_| format!("a size of {}", registers.size))?,
+        size: u16::try_from(registers.size).map_err(|_| QueueError::Size(registers.size))?,
         ready: true,
         desc_table: registers.descriptors,
         avail_ring: registers.available,
         used_ring: registers.used,
         ..default.state()
     };
-    let queue = Queue::try_from(state).map_err(|e| e.to_string())?;
+    let mut queue = Queue::try_from(state).map_err(QueueError::Registers)?;
     if !queue.is_valid(memory) {
-        return Err("its rings are not in guest memory".into());
+        return Err(QueueError::Outside);
+    }
+    if rings == Rings::Old {
+        let done = queue
+            .used_idx(memory, Ordering::Acquire)
+            .map_err(QueueError::Registers)?
+            .0;
+        queue.set_next_avail(done);
+        queue.set_next_used(done);
     }
     Ok(queue)
 }

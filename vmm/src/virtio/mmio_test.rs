@@ -4,7 +4,7 @@ use super::*;
 use crate::virtio::device::{ActivateError, INTERRUPT_CONFIG};
 use proptest::prelude::*;
 use std::sync::{Arc, Mutex};
-use vm_memory::GuestAddress;
+use vm_memory::{Bytes, GuestAddress};
 
 const FEATURE: u64 = 1 << 3;
 const SIZE: u64 = 1 << 20;
@@ -79,6 +79,21 @@ impl Driver {
             transport: Transport::new(Box::new(device), memory, interrupt).unwrap(),
             seen,
         }
+    }
+
+    /// A transport with this state in front of such a device and the same memory, and what that device sees.
+    fn copy(&self, state: State) -> (Result<Transport, RestoreError>, Arc<Mutex<Seen>>) {
+        let seen = Arc::<Mutex<Seen>>::default();
+        let device = Fake {
+            seen: Arc::clone(&seen),
+            config: b"config".to_vec(),
+        };
+        let interrupt = Interrupt::new(EventFd::new(EFD_NONBLOCK).unwrap());
+        let memory = self.transport.memory.clone();
+        (
+            Transport::restore(state, Box::new(device), memory, interrupt),
+            seen,
+        )
     }
 
     fn get(&mut self, register: u64) -> u32 {
@@ -372,16 +387,95 @@ fn state_round_trip() {
     let state = driver.transport.save();
     let json = serde_json::to_string(&state).unwrap();
     assert_eq!(serde_json::from_str::<State>(&json).unwrap(), state);
-    let device = Fake {
-        seen: Arc::default(),
-        config: vec![],
-    };
-    let interrupt = Interrupt::new(EventFd::new(EFD_NONBLOCK).unwrap());
-    let memory = driver.transport.memory.clone();
-    let mut again = Transport::restore(state.clone(), Box::new(device), memory, interrupt).unwrap();
+    let (again, seen) = driver.copy(state.clone());
+    let mut again = again.unwrap();
     assert_eq!(again.save(), state);
+    assert_eq!(seen.lock().unwrap().activations.len(), 1);
     again.write(QUEUE_NOTIFY, &0u32.to_le_bytes());
     assert_eq!(again.notifiers()[0].read().unwrap(), 1, "it is active");
+}
+
+#[test]
+fn a_restored_device_goes_on_where_its_used_rings_end() {
+    let driver = started();
+    driver
+        .transport
+        .memory
+        .write_obj(0xfffeu16, GuestAddress(0x3002))
+        .unwrap();
+    let (again, seen) = driver.copy(driver.transport.save());
+    again.unwrap();
+    let queue = seen.lock().unwrap().activations[0].queues[0].queue.state();
+    assert_eq!((queue.next_avail, queue.next_used), (0xfffe, 0xfffe));
+    assert_eq!((queue.size, queue.desc_table), (128, 0x1000));
+}
+
+#[test]
+fn a_device_that_is_not_active_is_reset_and_waits_for_a_driver() {
+    let mut driver = Driver::new();
+    assert!(driver.negotiate(VERSION_1));
+    // No queue is there, or none that is any good: allowed, until the driver says that it is ready.
+    driver.set_up_queue(1, 100, 3, u64::MAX, SIZE);
+    for needs_reset in [false, true] {
+        if needs_reset {
+            driver.start();
+            assert!(driver.needs_reset());
+        }
+        let state = driver.transport.save();
+        let (again, seen) = driver.copy(state.clone());
+        let mut again = again.unwrap();
+        assert_eq!(again.save(), state);
+        assert!(seen.lock().unwrap().activations.is_empty());
+        assert_eq!(seen.lock().unwrap().resets, 1);
+        again.write(QUEUE_NOTIFY, &0u32.to_le_bytes());
+        assert!(again.notifiers()[0].read().is_err(), "it is not active");
+        // The old driver goes on, or a new one comes.
+        let status = if needs_reset { 0u32 } else { NEGOTIATED };
+        again.write(STATUS, &status.to_le_bytes());
+        assert_eq!(again.save().status, status);
+    }
+}
+
+#[test]
+fn an_active_device_is_not_restored_with_queues_that_it_could_not_have() {
+    let good = started().transport.save();
+    type Change = fn(&mut QueueRegisters);
+    let changes: [(&str, Change); 12] = [
+        ("size 0", |queue| queue.size = 0),
+        ("not a power of two", |queue| queue.size = 100),
+        ("above the maximum", |queue| queue.size = 512),
+        ("does not fit 16 bits", |queue| queue.size = 0x1_0080),
+        ("misaligned descriptors", |queue| queue.descriptors += 8),
+        ("misaligned available ring", |queue| queue.available += 1),
+        ("misaligned used ring", |queue| queue.used += 2),
+        ("across the end of a region", |queue| {
+            queue.descriptors = SIZE - 16
+        }),
+        ("in the hole", |queue| queue.available = SIZE + 0x1000),
+        ("behind memory", |queue| queue.used = 3 * SIZE),
+        ("in the devices", |queue| queue.used = crate::layout::VIRTIO_START),
+        ("wraps around", |queue| queue.used = u64::MAX - 3),
+    ];
+    for (why, change) in changes {
+        let driver = Driver::new();
+        let mut state = good.clone();
+        change(&mut state.queues[0]);
+        let (refused, seen) = driver.copy(state);
+        let refused = refused.map(drop).unwrap_err();
+        let queue = matches!(refused, RestoreError::Start(StartError::Queue { index: 0, .. }));
+        assert!(queue, "{why}: {refused:?}");
+        assert!(seen.lock().unwrap().activations.is_empty(), "{why}");
+    }
+    // The device has a say, too.
+    let mut state = good;
+    state.queues[0].ready = false;
+    let (refused, _) = Driver::new().copy(state);
+    let refused = refused.map(drop).unwrap_err();
+    let missing = matches!(
+        refused,
+        RestoreError::Start(StartError::Device(ActivateError::QueueMissing(0)))
+    );
+    assert!(missing, "{refused:?}");
 }
 
 proptest! {
@@ -396,6 +490,10 @@ proptest! {
         for (write, offset, mut data) in accesses {
             if write { driver.transport.write(offset, &data) } else { driver.transport.read(offset, &mut data) }
         }
+        // Wherever a driver has got to, a copy can go on from there.
+        let state = driver.transport.save();
+        let (again, _) = driver.copy(state.clone());
+        prop_assert_eq!(again.unwrap().save(), state);
         for activation in &driver.seen.lock().unwrap().activations {
             for active in &activation.queues {
                 prop_assert!(!active.queue.ready() || active.queue.is_valid(&activation.memory));

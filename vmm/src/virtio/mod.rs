@@ -8,6 +8,7 @@ pub mod fs;
 pub mod guest_queue;
 pub mod mmio;
 pub mod net;
+pub mod registers;
 pub mod requests;
 pub mod rng;
 pub mod vsock;

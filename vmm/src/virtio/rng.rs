@@ -2,6 +2,7 @@
 
 use super::buffers::retry;
 use super::device::{ActivateError, Activation, ActiveQueue, Device, Interrupt};
+use super::registers::RestoreError;
 use super::requests;
 use crate::lockdown::seccomp;
 use crate::memory::Memory;
@@ -52,8 +53,8 @@ impl Rng {
     ///
     /// # Errors
     /// See [`new`](Self::new).
-    pub fn restore(State {}: State) -> io::Result<Self> {
-        Self::new()
+    pub fn restore(State {}: State) -> Result<Self, RestoreError> {
+        Ok(Self::new()?)
     }
 }
 

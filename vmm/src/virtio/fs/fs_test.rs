@@ -1,10 +1,11 @@
 //! The device between a driver and a server that both do what they like.
 
 use super::wire::{OUT_HEADER_LEN, op, out_header};
-use super::{Fs, State};
+use super::{Fs, MAX_TAG_LEN, State};
 use crate::memory::Memory;
 use crate::virtio::device::{Activation, Device};
 use crate::virtio::guest_queue::{GuestQueue, Part, interrupt, memory};
+use crate::virtio::registers::RestoreError;
 use husk_vmm_protocol::fs::{HEADER_LEN, MAX_DATA_LEN, MAX_REQUEST_LEN, ReplyHeader, RequestHeader};
 use proptest::prelude::*;
 use std::fs::File;
@@ -291,10 +292,33 @@ fn a_saved_device_comes_back_the_same() {
     assert_eq!(copy.config(), device.config());
     assert_eq!(copy.save(), device.save());
     assert_eq!(device.config(), [&b"share"[..], &[0; 31], &[1, 0, 0, 0]].concat());
+    let cut = Fs::new(&"x".repeat(50), pair().0).unwrap();
+    assert_eq!(cut.config(), [&[b'x'; 36][..], &[1, 0, 0, 0]].concat());
+    assert_eq!(Fs::restore(cut.save(), pair().0).unwrap().save(), cut.save());
+    let cut = Fs::new(&format!("x{}", "ä".repeat(50)), pair().0).unwrap();
     assert_eq!(
-        Fs::new(&"x".repeat(50), pair().0).unwrap().config(),
-        [&[b'x'; 36][..], &[1, 0, 0, 0]].concat()
+        cut.save().tag,
+        format!("x{}", "ä".repeat(17)),
+        "no half of a character"
     );
+}
+
+#[test]
+fn a_tag_that_no_share_has_is_not_restored() {
+    for tag in ["", "a\0b", &"x".repeat(MAX_TAG_LEN + 1)] {
+        let state = State { tag: tag.to_owned() };
+        let refused = Fs::restore(state, pair().0).unwrap_err();
+        assert!(
+            matches!(
+                refused,
+                RestoreError::Device {
+                    device: "file-system",
+                    ..
+                }
+            ),
+            "{tag}: {refused}"
+        );
+    }
 }
 
 #[test]

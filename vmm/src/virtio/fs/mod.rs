@@ -19,6 +19,7 @@ mod fs_test;
 
 use crate::lockdown::seccomp;
 use crate::virtio::device::{ActivateError, Activation, ActiveQueue, Device};
+use crate::virtio::registers::RestoreError;
 use crate::worker::{Thread, Worker};
 use channel::Channel;
 use files::Files;
@@ -70,6 +71,11 @@ impl Fs {
     /// When it cannot have a thread.
     pub fn new(tag: &str, channel: OwnedFd) -> io::Result<Self> {
         let max_files = files::ready_process();
+        // The longest of its beginnings that has room, in whole characters.
+        let tag = (0..=tag.len().min(MAX_TAG_LEN))
+            .rev()
+            .find_map(|end| tag.get(..end));
+        let tag = tag.unwrap_or_default();
         let mut config = [0; MAX_TAG_LEN + 4];
         let (name, queues) = config.split_at_mut(MAX_TAG_LEN);
         for (to, from) in name.iter_mut().zip(tag.bytes()) {
@@ -98,9 +104,16 @@ impl Fs {
     /// A copy of a saved device, served at the other end of `channel`.
     ///
     /// # Errors
-    /// See [`new`](Self::new).
-    pub fn restore(state: State, channel: OwnedFd) -> io::Result<Self> {
-        Self::new(&state.tag, channel)
+    /// As of [`new`](Self::new), and when the state is none that a device can have.
+    pub fn restore(state: State, channel: OwnedFd) -> Result<Self, RestoreError> {
+        let tag = state.tag;
+        if tag.is_empty() || tag.len() > MAX_TAG_LEN || tag.contains('\0') {
+            return Err(RestoreError::Device {
+                device: "file-system",
+                what: format!("no share has a tag of {} bytes like this", tag.len()),
+            });
+        }
+        Ok(Self::new(&tag, channel)?)
     }
 }
 

@@ -20,6 +20,7 @@ mod tests;
 
 use crate::lockdown::seccomp;
 use crate::virtio::device::{ActivateError, Activation, ActiveQueue, Device};
+use crate::virtio::registers::RestoreError;
 use crate::warning;
 use crate::worker::{Thread, Worker};
 use control::Control;
@@ -105,7 +106,7 @@ impl Net {
             queue_pairs: config.queue_pairs,
             active_pairs: 1,
         };
-        Self::restore(name, &state, taps)
+        Ok(Self::restore(name, &state, taps)?)
     }
 
     /// What a copy of the device has to know.
@@ -125,20 +126,25 @@ impl Net {
     ///
     /// # Errors
     /// As of [`new`](Self::new), and when the state is none that a device can have.
-    pub fn restore(name: &str, state: &State, taps: Vec<OwnedFd>) -> io::Result<Self> {
+    pub fn restore(name: &str, state: &State, taps: Vec<OwnedFd>) -> Result<Self, RestoreError> {
+        let impossible = |what| RestoreError::Device {
+            device: "network",
+            what,
+        };
+        let [first, ..] = state.mac;
+        if state.mac == [0; 6] || first & 1 == 1 {
+            return Err(impossible(format!("{:02x?} is not a unicast address", state.mac)));
+        }
         let pairs = usize::from(state.queue_pairs);
         if taps.len() != pairs
             || !(1..=MAX_QUEUE_PAIRS).contains(&state.queue_pairs)
             || !(1..=state.queue_pairs).contains(&state.active_pairs)
         {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                format!(
-                    "{pairs} queue pairs, {} of them in use, do not go with {} descriptors of a tap",
-                    state.active_pairs,
-                    taps.len()
-                ),
-            ));
+            return Err(impossible(format!(
+                "{pairs} queue pairs, {} of them in use, do not go with {} descriptors of a tap",
+                state.active_pairs,
+                taps.len()
+            )));
         }
         let taps: Arc<[Tap]> = taps.into_iter().map(Tap::new).collect();
         let offloads = best_offload(&taps)?;
@@ -253,6 +259,11 @@ impl Device for Net {
             if several { self.taps.len() } else { 1 },
             features,
         )?;
+        // A guest that was saved uses no more than it set up.
+        let in_use = usize::from(self.restored_pairs);
+        if in_use > pairs.len() {
+            return Err(ActivateError::QueueMissing(pairs.len().saturating_mul(2)));
+        }
         if let (Some(vhost), Some(tap)) = (&self.vhost, self.taps.first()) {
             let queues = pairs.pop().ok_or(ActivateError::QueueMissing(0))?;
             let thread = self.threads.first().ok_or(ActivateError::HostEnd)?;
@@ -271,7 +282,7 @@ impl Device for Net {
             Arc::clone(&self.taps),
             Arc::clone(&self.bells),
             pairs.len(),
-            usize::from(self.restored_pairs),
+            in_use,
         ));
         self.restored_pairs = 1;
         let mut control = control.map(|queue| {
@@ -304,6 +315,7 @@ impl Device for Net {
     }
 
     fn reset(&mut self) {
+        self.restored_pairs = 1;
         let Some(running) = self.running.take() else {
             return;
         };

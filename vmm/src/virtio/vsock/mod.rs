@@ -18,6 +18,7 @@ mod tests;
 
 use crate::lockdown::seccomp;
 use crate::virtio::device::{ActivateError, Activation, ActiveQueue, Device};
+use crate::virtio::registers::RestoreError;
 use crate::worker::{Thread, Worker};
 use muxer::Muxer;
 use offers::Offers;
@@ -34,6 +35,9 @@ use worker::{Doorbell, VsockWorker};
 
 /// Queues: to the guest, from the guest, events.
 const QUEUE_SIZES: [u16; 3] = [128, 128, 16];
+
+/// Context ids that a guest can have: below are the hypervisor's, the local one and the host's, above that of anybody.
+const GUEST_CIDS: std::ops::Range<u64> = 3..u32::MAX as u64;
 
 /// What is kept of the device across a snapshot. Connections are not: their streams belong to an engine of
 /// another time. The guest is told by a transport reset.
@@ -90,8 +94,14 @@ impl Vsock {
     /// A copy of a saved device.
     ///
     /// # Errors
-    /// See [`new`](Self::new).
-    pub fn restore(state: State, offers: OwnedFd) -> io::Result<Self> {
+    /// As of [`new`](Self::new), and when the state is none that a device can have.
+    pub fn restore(state: State, offers: OwnedFd) -> Result<Self, RestoreError> {
+        if !GUEST_CIDS.contains(&state.guest_cid) {
+            return Err(RestoreError::Device {
+                device: "socket",
+                what: format!("no guest has the context id {}", state.guest_cid),
+            });
+        }
         let device = Self::new(state.guest_cid, offers)?;
         device
             .transport_reset

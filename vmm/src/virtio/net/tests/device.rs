@@ -2,11 +2,12 @@
 
 use super::machine::*;
 use crate::memory::Memory;
-use crate::virtio::device::Device;
+use crate::virtio::device::{ActivateError, Device};
 use crate::virtio::guest_queue::{GuestQueue, interrupt, memory};
 use crate::virtio::mmio::{Transport, register, status};
 use crate::virtio::net::features::bits;
 use crate::virtio::net::{Net, State};
+use crate::virtio::registers::{RestoreError, StartError};
 use husk_vmm_protocol::config::NicConfig;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixDatagram;
@@ -343,10 +344,65 @@ fn a_copy_has_all_that_was_saved() {
         },
         State {
             active_pairs: 0,
+            ..state.clone()
+        },
+        State {
+            mac: [0; 6],
+            ..state.clone()
+        },
+        State {
+            mac: [1, 2, 3, 4, 5, 6],
             ..state
         },
     ] {
         let taps = (0..3).map(|_| tap().0).collect();
-        assert!(Net::restore("net0", &bad, taps).is_err(), "{bad:?}");
+        let refused = Net::restore("net0", &bad, taps).unwrap_err();
+        assert!(
+            matches!(
+                refused,
+                RestoreError::Device {
+                    device: "network",
+                    ..
+                }
+            ),
+            "{bad:?}: {refused}"
+        );
     }
+}
+
+#[test]
+fn a_guest_that_was_saved_uses_the_pairs_that_it_has_set_up_and_no_more() {
+    let mq = bits(&[VIRTIO_F_VERSION_1, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MQ]);
+    for (features, pairs, possible) in [
+        (mq, 2, true),
+        (mq, 1, false),
+        (bits(&[VIRTIO_F_VERSION_1]), 1, false),
+    ] {
+        let mut driver = Driver::new(2);
+        driver.start(features, pairs);
+        let state = State {
+            mac: MAC,
+            queue_pairs: 2,
+            active_pairs: 2,
+        };
+        let copy = Net::restore("net0", &state, vec![tap().0, tap().0]).unwrap();
+        let registers = driver.transport.save();
+        let copy = Transport::restore(registers, Box::new(copy), driver.memory.clone(), interrupt().0);
+        match copy.map(drop) {
+            Ok(()) => assert!(possible),
+            Err(RestoreError::Start(StartError::Device(ActivateError::QueueMissing(2)))) => {
+                assert!(!possible)
+            }
+            Err(other) => panic!("{other}"),
+        }
+    }
+    // Without a driver there is nobody who could use several.
+    let state = State {
+        mac: MAC,
+        queue_pairs: 2,
+        active_pairs: 2,
+    };
+    let mut copy = Net::restore("net0", &state, vec![tap().0, tap().0]).unwrap();
+    copy.reset();
+    assert_eq!(copy.save().active_pairs, 1);
 }

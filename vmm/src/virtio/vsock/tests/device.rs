@@ -3,6 +3,7 @@
 use super::machine::*;
 use crate::virtio::device::{Activation, Device};
 use crate::virtio::guest_queue::{Part, interrupt};
+use crate::virtio::registers::RestoreError;
 use crate::virtio::vsock::packet::{Header, Op};
 use crate::virtio::vsock::{State, Vsock};
 use husk_vmm_protocol::vsock::{GUEST_CID, StreamOffer};
@@ -157,6 +158,21 @@ fn an_active_device_is_not_activated_twice_and_needs_its_queues() {
     // None of these has cost it its channel.
     let (good, _) = activation(&active.guest);
     active.device.activate(good).unwrap();
+}
+
+#[test]
+fn a_context_id_that_no_guest_has_is_not_restored() {
+    for guest_cid in [0, 1, 2, u32::MAX.into(), 1 << 32, u64::MAX] {
+        let state = State {
+            guest_cid,
+            transport_reset: false,
+        };
+        let refused = Vsock::restore(state, channel().0).unwrap_err();
+        assert!(
+            matches!(refused, RestoreError::Device { device: "socket", .. }),
+            "{refused}"
+        );
+    }
 }
 
 #[test]
