@@ -5,9 +5,11 @@
 //! The file beside such a program that has its name and `.captured` at the end holds arguments that are put before its own.
 //! With `--attack GROUND` as the first ones a program is captured, and goes on as usual. With `--attack-unlocked GROUND` it is not locked in at all: it tries the attacks, each in a process of its own, and ends. What fails there
 //! would show nothing by failing elsewhere. With `--free` it is not locked in either, and runs as usual: what the lock-down
-//! costs is the difference.
+//! costs is the difference. With `--violate NUMBER` it is locked in as usual, and a thread that gets SIGUSR1 makes that
+//! system call.
 
 mod attacks;
+mod violate;
 
 use attacks::{ATTACKS, Ground};
 use std::io::Write;
@@ -26,6 +28,16 @@ pub fn take_over(arguments: &mut Vec<String>) {
     if mode == "--free" {
         FREE.store(true, Ordering::Relaxed);
         arguments.remove(0);
+        return;
+    }
+    if mode == "--violate" {
+        violate::on_signal(
+            arguments
+                .get(1)
+                .and_then(|number| number.parse().ok())
+                .unwrap_or(-1),
+        );
+        arguments.drain(..2.min(arguments.len()));
         return;
     }
     if mode != "--attack" && mode != "--attack-unlocked" {
