@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::command::run;
-use crate::host;
+use crate::{host, violations};
 
 /// Everything on the host that a container could leave, with its count.
 #[derive(PartialEq, Eq)]
@@ -16,6 +16,7 @@ pub struct Census(BTreeMap<String, usize>);
 impl Census {
     /// What is there once it stands still: what the test before left may take a moment to go.
     pub fn take() -> Self {
+        violations::watch();
         let end = Instant::now() + Duration::from_secs(30);
         let mut last = Self::count();
         loop {
@@ -82,9 +83,24 @@ impl Census {
         Self(found)
     }
 
-    /// Asserts that the host is as it was; the last of what a container left may take a moment to go.
+    /// Asserts that the host is as it was, and that no program made a system call that is forbidden to it.
     #[track_caller]
     pub fn assert_unchanged(&self) {
+        self.assert_same();
+        let told = violations::take();
+        assert!(told.is_empty(), "there was a violation:\n{}", told.join("\n"));
+    }
+
+    /// As [`Self::assert_unchanged`], but for violations that the test has provoked, of which one is told in these words.
+    #[track_caller]
+    pub fn assert_violated(&self, words: &str) {
+        self.assert_same();
+        violations::expect(words);
+    }
+
+    /// The last of what a container left may take a moment to go.
+    #[track_caller]
+    fn assert_same(&self) {
         let end = Instant::now() + Duration::from_secs(120);
         loop {
             let now = Self::count();

@@ -8,7 +8,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::host;
+use crate::{host, violations};
 
 /// How long a command may take if a test does not say otherwise: generous, since emulated hosts are slow and
 /// only a hang must be caught.
@@ -189,7 +189,8 @@ impl Running {
         };
         let mut stdout = std::mem::take(&mut self.seen);
         stdout.extend(self.stdout.iter().flatten());
-        let stderr = self.stderr.iter().flatten().collect();
+        let stderr: Vec<u8> = self.stderr.iter().flatten().collect();
+        violations::note(&String::from_utf8_lossy(&stderr));
         let code = status
             .code()
             .unwrap_or_else(|| 128 + status.signal().unwrap_or(0));

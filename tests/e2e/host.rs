@@ -1,6 +1,7 @@
 //! The host that the suites run on: its processes, its containerd, its logs.
 
 use std::fs;
+use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -112,8 +113,13 @@ impl ContainerdLog {
     }
 
     pub fn read(&self) -> String {
-        let bytes = match fs::read(CONTAINERD_LOG) {
-            Ok(all) => all.get(self.since as usize..).unwrap_or(&all).to_vec(),
+        let bytes = match fs::File::open(CONTAINERD_LOG) {
+            Ok(mut file) => {
+                let mut bytes = Vec::new();
+                file.seek(SeekFrom::Start(self.since)).unwrap();
+                file.read_to_end(&mut bytes).unwrap();
+                bytes
+            }
             Err(_) => {
                 let since = format!("--since=@{}", self.since);
                 run(&["journalctl", "-q", "-u", "containerd", "-o", "cat", &since])

@@ -29,5 +29,6 @@ mod streams;
 mod task;
 mod task_api;
 mod terminal;
+mod violations;
 mod volumes;
 mod walls;

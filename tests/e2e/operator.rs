@@ -299,7 +299,8 @@ fn how_a_sandbox_is_locked_in_can_be_looked_at() {
         &[
             "husk-vmm (pid ",
             "descriptor",
-            "/dev/kvm",
+            "anon_inode:kvm-vm",
+            "denies all that ABI ",
             "The sandbox is locked in as it has to be.",
         ],
     );

@@ -5,6 +5,7 @@ use crate::boot::{cmdline, mptable};
 use crate::bus::Bus;
 use crate::control::{Control, ControlError, Wake};
 use crate::cpu::cpuid;
+use crate::cpu::start::StartLine;
 use crate::cpu::vcpu::{self, SetUpError, Stop};
 use crate::fds::Fds;
 use crate::irq::ioapic::{IoApic, Router};
@@ -26,9 +27,9 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Sender};
-use std::sync::{Arc, Barrier};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// Tag of the share's file system.
@@ -161,6 +162,9 @@ pub fn run(fds: Fds, control: &Control, user: Option<u32>) -> Result<End, Machin
     let supported = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(kvm_error("reading the CPUID leaves"))?;
+    let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
+    // Whoever takes this process over makes no other VM.
+    drop(kvm);
     check_address_bits(&config, cpuid::physical_address_bits(&supported))?;
 
     let guest_memory = memory::map(fds.memory, memory_size)?;
@@ -199,7 +203,6 @@ pub fn run(fds: Fds, control: &Control, user: Option<u32>) -> Result<End, Machin
     )
     .map_err(BootError::Write)?;
 
-    let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
     let mut vcpus = Vec::with_capacity(usize::from(config.vcpus));
     for index in 0..config.vcpus {
         vcpus.push(create_vcpu(
@@ -213,8 +216,8 @@ pub fn run(fds: Fds, control: &Control, user: Option<u32>) -> Result<End, Machin
 
     let ended = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(MachineError::Event)?;
     let (stopped, stops) = mpsc::channel();
-    // No vCPU runs before all threads are limited.
-    let start = Arc::new(Barrier::new(vcpus.len().saturating_add(1)));
+    // No vCPU runs before all threads are limited. Those of the devices are by now.
+    let start = Arc::new(StartLine::new(vcpus.len().saturating_add(1)));
     for (index, vcpu) in (0u8..).zip(vcpus) {
         let thread = VcpuThread {
             vcpu,
@@ -229,8 +232,10 @@ pub fn run(fds: Fds, control: &Control, user: Option<u32>) -> Result<End, Machin
     }
     drop(stopped);
     seccomp::limit("main", &Role::Main).map_err(LockdownError::from)?;
-    start.wait();
-    control.report(&Report::Running)?;
+    // If one is not limited, none runs, and that one tells why: see below.
+    if start.pass(true) {
+        control.report(&Report::Running)?;
+    }
 
     // SAFETY: `ended` lives to the end of this function.
     let ended_fd = unsafe { BorrowedFd::borrow_raw(ended.as_raw_fd()) };
@@ -419,7 +424,7 @@ struct VcpuThread {
     vhost: usize,
     bus: Arc<Bus>,
     /// Waits for all threads to be limited.
-    start: Arc<Barrier>,
+    start: Arc<StartLine>,
     /// Told why the vCPU stopped, before `ended` becomes readable.
     stopped: Sender<(u8, Stop)>,
     ended: EventFd,
@@ -438,15 +443,17 @@ impl VcpuThread {
                     vhost: self.vhost,
                 };
                 let limited = seccomp::limit(&name, &role);
-                self.start.wait();
+                let may_run = self.start.pass(limited.is_ok());
                 let stop = match limited {
-                    Ok(()) => vcpu::run(&mut self.vcpu, &self.bus),
-                    Err(e) => Stop::NotLimited(log::chain(&e)),
+                    Err(e) => Some(Stop::NotLimited(log::chain(&e))),
+                    Ok(()) => may_run.then(|| vcpu::run(&mut self.vcpu, &self.bus)),
                 };
-                info!("vCPU {index} stops: {stop:?}");
-                // The receiver lives as long as the process, and the counter is far from full.
-                let _ = self.stopped.send((index, stop));
-                let _ = self.ended.write(1);
+                if let Some(stop) = stop {
+                    info!("vCPU {index} stops: {stop:?}");
+                    // The receiver lives as long as the process, and the counter is far from full.
+                    let _ = self.stopped.send((index, stop));
+                    let _ = self.ended.write(1);
+                }
                 // The end of a thread takes system calls that this one has not. That of the process comes.
                 loop {
                     std::thread::park();

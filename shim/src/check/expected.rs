@@ -5,16 +5,27 @@ use std::path::Path;
 use husk_vmm_protocol::fds::{fsd, vmm};
 
 use super::process::{Capabilities, Descriptor, FILTERED, Process, Set, Thread};
+use super::sandbox::Landlock;
 
 /// What `husk-fsd` keeps (it acts for all users of the guest, with files only): chown, dac_override, dac_read_search,
 /// fowner, fsetid, setgid, setuid, mknod and setfcap by their numbers.
 pub const FSD: Set = Set(1 | 1 << 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 6 | 1 << 7 | 1 << 27 | 1 << 31);
 
 /// Namespaces that the VMM has for itself.
-const VMM_NAMESPACES: [&str; 6] = ["user", "mnt", "pid", "net", "ipc", "uts"];
+const VMM_NAMESPACES: [&str; 7] = ["user", "mnt", "pid", "net", "ipc", "uts", "cgroup"];
 
 /// Namespaces that the file server has for itself. Not that of users: it acts for all of them.
-const FSD_NAMESPACES: [&str; 5] = ["mnt", "pid", "net", "ipc", "uts"];
+const FSD_NAMESPACES: [&str; 6] = ["mnt", "pid", "net", "ipc", "uts", "cgroup"];
+
+/// Limits that a program has set itself: (name, the most that the hard one may be).
+type Limits = [(&'static str, u64); 3];
+
+/// The VMM's: a descriptor for each file that the guest has open, and its threads.
+pub const VMM_LIMITS: Limits = [("nofile", 1 << 20), ("nproc", 1024), ("core", 0)];
+
+/// The file server's: it starts no thread once it serves. (Neither has a limit to a file's size but the one that the
+/// engine was started with: both write to the files of the share.)
+pub const FSD_LIMITS: Limits = [("nofile", 1 << 20), ("nproc", 0), ("core", 0)];
 
 /// What a VMM makes for itself and is handed for its guest, besides the files of the share.
 const VMM_OWN: [&str; 7] = [
@@ -52,7 +63,7 @@ pub fn of_vmm(process: &Process, engine: Option<&Process>, neighbours: &[u32]) -
         Some(root) if !root.read_only => faults.push("its root directory can be written to".into()),
         Some(_) => {}
     }
-    faults.extend(common(process));
+    faults.extend(common(process, &VMM_LIMITS));
     let foreign = |fd: &&Descriptor| !is_table_of_vmm(fd) && !is_own_of_vmm(fd, engine);
     faults.extend(process.descriptors.iter().filter(foreign).map(stray));
     faults
@@ -71,7 +82,7 @@ pub fn of_fsd(process: &Process, engine: Option<&Process>) -> Vec<String> {
         Some(root) if !root.share => faults.push("its root directory is not the share".into()),
         Some(_) => {}
     }
-    faults.extend(common(process));
+    faults.extend(common(process, &FSD_LIMITS));
     let foreign = |fd: &&Descriptor| !is_table_of_fsd(fd) && opened_by(fd, engine);
     faults.extend(process.descriptors.iter().filter(foreign).map(stray));
     faults
@@ -85,8 +96,21 @@ pub fn of_standin(process: &Process) -> Vec<String> {
         faults.extend(no_capabilities(thread).map(|fault| who.says(&fault)));
         faults.extend(locked(thread).map(|fault| who.says(&fault)));
     }
-    faults.extend(common(process));
+    faults.extend(common(process, &[("core", 0)]));
     faults
+}
+
+/// What is wrong with what Landlock denies a process, of all that `kernel`, an ABI, could deny it.
+pub fn of_landlock(has: Landlock, kernel: u32) -> Option<String> {
+    let abi = match has {
+        Landlock::Abi(abi) => abi,
+        // The file server takes none before 2.
+        Landlock::Missing if kernel >= 2 => 0,
+        Landlock::Missing | Landlock::Unknown => return None,
+    };
+    (abi < kernel).then(|| {
+        format!("Landlock denies it only what ABI {abi} can (as it logged); this kernel has ABI {kernel}")
+    })
 }
 
 /// Whom a fault is about: the process, or one of its threads that differs from the first.
@@ -161,15 +185,19 @@ fn locked(thread: &Thread) -> impl Iterator<Item = String> {
     [privileges, calls].into_iter().flatten()
 }
 
-/// What holds for all of them.
-fn common(process: &Process) -> Vec<String> {
+/// What holds for all of them; `limits`: the hard ones that they must not exceed.
+fn common(process: &Process, limits: &[(&str, u64)]) -> Vec<String> {
     let mut faults = Vec::new();
     if process.dumpable == Some(true) {
         faults.push("it can be dumped and traced by its user".to_owned());
     }
-    let core = process.limits.iter().find(|limit| limit.name == "core");
-    if core.is_none_or(|core| core.hard != "0") {
-        faults.push("it can leave a core dump".to_owned());
+    for (name, most) in limits {
+        let has = process.limits.iter().find(|limit| limit.name == *name);
+        let has = has.map_or("unknown", |limit| limit.hard.as_str());
+        if has.parse::<u64>().is_ok_and(|has| has <= *most) {
+            continue;
+        }
+        faults.push(format!("its limit {name} is {has}, not {most} or less"));
     }
     faults
 }
@@ -178,16 +206,14 @@ fn stray(fd: &Descriptor) -> String {
     format!("descriptor {} is none of its own: {}", fd.number, fd.target)
 }
 
-/// What the engine has put at a number. One that was closed may be taken by what is the VMM's own.
+/// What the engine has put at a number. /dev/kvm, the kernel and the initramfs are closed before the guest runs; their
+/// numbers may be taken by what is the VMM's own.
 fn is_table_of_vmm(fd: &Descriptor) -> bool {
-    let path = Path::new(&fd.target).is_absolute();
     match fd.number {
         0 | 1 => fd.target == "/dev/null",
         vmm::LOG | vmm::CONSOLE => fd.target.starts_with("pipe:["),
         vmm::CONTROL | vmm::FS | vmm::VSOCK => fd.target.starts_with("socket:["),
-        vmm::KVM => fd.target == "/dev/kvm",
         vmm::MEMORY => fd.target.starts_with("/memfd:"),
-        vmm::KERNEL | vmm::INITRAMFS => path && fd.flags & libc::O_ACCMODE == libc::O_RDONLY,
         vmm::TAPS..vmm::VHOST => fd.target == "/dev/net/tun",
         vmm::VHOST..vmm::END => fd.target == "/dev/vhost-net",
         _ => false,

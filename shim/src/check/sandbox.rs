@@ -1,6 +1,6 @@
 //! The live facts of a sandbox's processes on the host, beside what has to be true of them.
 
-use std::path::Path;
+use std::{fmt, io, path::Path};
 
 use super::{
     expected,
@@ -11,6 +11,32 @@ use crate::{
     host::ringlog,
 };
 
+/// What a process has logged about Landlock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Landlock {
+    /// It denies all that this ABI can deny.
+    Abi(u32),
+    /// The kernel has none, or too old a one.
+    Missing,
+    /// The log is not kept.
+    Unknown,
+}
+
+impl fmt::Display for Landlock {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Abi(abi) => write!(
+                f,
+                "denies all that ABI {abi} can deny (as it logged; the kernel does not show it)"
+            ),
+            Self::Missing => f.write_str("none: this kernel has none for it (as it logged)"),
+            Self::Unknown => f.write_str(
+                "unknown: the kernel does not show it, and what it logged is not kept (log.level in husk.toml)",
+            ),
+        }
+    }
+}
+
 /// A process of a sandbox.
 #[derive(Clone, Debug)]
 pub struct Member {
@@ -20,8 +46,8 @@ pub struct Member {
     pub pid: u32,
     /// What is true of it; `None` if it cannot be looked at.
     pub facts: Option<Process>,
-    /// What Landlock denies it, in words: the kernel shows it nowhere. `None`: it does not use it.
-    pub landlock: Option<String>,
+    /// What Landlock denies it, as it has logged: the kernel shows it nowhere. `None`: it does not use it.
+    pub landlock: Option<Landlock>,
     /// Facts that are missing, a sentence each.
     pub faults: Vec<String>,
 }
@@ -44,8 +70,8 @@ impl Member {
     }
 }
 
-/// Looks at all processes of a sandbox.
-pub fn look(sandbox: &Seen, proc: &Proc) -> Vec<Member> {
+/// Looks at all processes of a sandbox. `abi`: of the kernel's Landlock, if it is known.
+pub fn look(sandbox: &Seen, proc: &Proc, abi: Option<u32>) -> Vec<Member> {
     let share = sandbox.share();
     let mut members: Vec<Member> = sandbox
         .processes
@@ -76,12 +102,19 @@ pub fn look(sandbox: &Seen, proc: &Proc) -> Vec<Member> {
         match member.role {
             Role::Vmm => {
                 member.faults = expected::of_vmm(facts, engine, &neighbours(facts, proc));
-                member.landlock = Some(landlock(sandbox));
+                member.landlock = Some(landlock(sandbox, "husk-vmm"));
             }
-            Role::Fsd => member.faults = expected::of_fsd(facts, engine),
+            Role::Fsd => {
+                member.faults = expected::of_fsd(facts, engine);
+                member.landlock = Some(landlock(sandbox, "husk-fsd"));
+            }
             Role::StandIn => member.faults = expected::of_standin(facts),
             Role::Engine | Role::Helper => {}
         }
+        let known = member.landlock.zip(abi);
+        member
+            .faults
+            .extend(known.and_then(|(has, kernel)| expected::of_landlock(has, kernel)));
     }
     members
 }
@@ -111,29 +144,47 @@ fn neighbours(process: &Process, proc: &Proc) -> Vec<u32> {
     pids
 }
 
-/// What the VMM has logged about it when it locked itself in.
-fn landlock(sandbox: &Seen) -> String {
+/// What a program has logged about it when it locked itself in.
+fn landlock(sandbox: &Seen, program: &str) -> Landlock {
     let log = ringlog::read(&sandbox.log())
         .map(|(kept, _)| kept)
         .unwrap_or_default();
-    landlock_in(&String::from_utf8_lossy(&log))
+    landlock_in(&String::from_utf8_lossy(&log), program)
 }
 
-fn landlock_in(log: &str) -> String {
-    // Its first word on it: what a guest that took the VMM over has it say comes later.
-    for line in log.lines().filter(|line| line.contains("husk-vmm")) {
+/// The program is named at a line's end, by the engine: what stands before is the program's own.
+fn landlock_in(log: &str, program: &str) -> Landlock {
+    let suffix = format!(" program={program}");
+    // Its first word on it: what a guest that took the program over has it say comes later.
+    for line in log.lines().filter(|line| line.ends_with(&suffix)) {
         if let Some((_, rest)) = line.split_once("locked in by Landlock, ABI ") {
             let abi: String = rest.chars().take_while(char::is_ascii_digit).collect();
-            return format!(
-                "denies all that ABI {abi} can deny (as husk-vmm logged; the kernel does not show it)"
-            );
+            return abi.parse().map_or(Landlock::Unknown, Landlock::Abi);
         }
-        if line.contains("has no Landlock to lock the VMM in with") {
-            return "none: this kernel has no Landlock (as husk-vmm logged)".into();
+        if line.contains("kernel has no Landlock to lock the") {
+            return Landlock::Missing;
         }
     }
-    "unknown: the kernel does not show it, and what husk-vmm logged is not kept (log.level in husk.toml)"
-        .into()
+    Landlock::Unknown
+}
+
+/// What this kernel could deny: an ABI, 0 without Landlock. `None` where it may not be asked.
+pub fn landlock_of_kernel() -> Option<u32> {
+    const CREATE_RULESET_VERSION: u32 = 1;
+    // SAFETY: with this flag there are no attributes.
+    let abi = unsafe {
+        libc::syscall(
+            libc::SYS_landlock_create_ruleset,
+            std::ptr::null::<u8>(),
+            0usize,
+            CREATE_RULESET_VERSION,
+        )
+    };
+    match (u32::try_from(abi), io::Error::last_os_error().raw_os_error()) {
+        (Ok(abi), _) => Some(abi),
+        (_, Some(libc::ENOSYS | libc::EOPNOTSUPP)) => Some(0),
+        _ => None,
+    }
 }
 
 #[cfg(test)]

@@ -20,6 +20,8 @@ struct Made {
     caps: [u64; 5],
     locked: bool,
     own: &'static [&'static str],
+    /// Most files, processes, bytes of a core dump.
+    limits: [&'static str; 3],
     fds: Vec<(i32, &'static str, &'static str)>,
     mounts: &'static str,
 }
@@ -40,9 +42,9 @@ impl Host {
         }
         fs::write(
             run.join("log"),
-            "level=info program=husk-fsd: locked in by Landlock, ABI 99\n\
-             level=info program=husk-vmm: locked in by Landlock, ABI 6\n\
-             level=info program=husk-vmm: locked in by Landlock, ABI 77\n",
+            "level=info msg=\"husk-vmm: info: locked in by Landlock, ABI 6\" sandbox=pod program=husk-vmm\n\
+             level=info msg=\"locked in by Landlock, ABI 77 program=husk-fsd\" sandbox=pod program=husk-vmm\n\
+             level=info msg=\"husk-fsd: info: locked in by Landlock, ABI 6\" sandbox=pod program=husk-fsd\n",
         )
         .unwrap();
         let identity = |pid| Identity { pid, started: 1 };
@@ -95,6 +97,7 @@ impl Host {
             caps: [0, u64::MAX >> 23, u64::MAX >> 23, u64::MAX >> 23, 0],
             locked: false,
             own: &[],
+            limits: ["524288", "unlimited", "0"],
             fds: vec![],
             mounts: "20 1 0:1 / / rw - ext4 x rw\n21 20 0:2 / /run rw - tmpfs x rw\n",
         }
@@ -108,12 +111,13 @@ impl Host {
             ids: UID,
             caps: [0; 5],
             locked: true,
-            own: &["user", "mnt", "pid", "net", "ipc", "uts"],
+            own: &["user", "mnt", "pid", "net", "ipc", "uts", "cgroup"],
+            limits: ["1048576", "1024", "0"],
             fds: vec![
                 (0, "/dev/null", "flags:\t0100002\nmnt_id:\t20\n"),
                 (2, "pipe:[5]", ""),
                 (3, "socket:[6]", ""),
-                (4, "/dev/kvm", "flags:\t0100002\nmnt_id:\t20\n"),
+                (4, "anon_inode:[eventfd]", ""),
                 (5, "/memfd:guest (deleted)", "flags:\t0100002\nmnt_id:\t3\n"),
                 (6, "anon_inode:[eventfd]", ""),
                 (11, "/dev/net/tun", "flags:\t0104002\nmnt_id:\t20\n"),
@@ -133,7 +137,8 @@ impl Host {
             // Now without what it suspends.
             caps: [0, FSD_CAPS, FSD_CAPS & !0x1f, FSD_CAPS, 0],
             locked: true,
-            own: &["mnt", "pid", "net", "ipc", "uts"],
+            own: &["mnt", "pid", "net", "ipc", "uts", "cgroup"],
+            limits: ["524288", "0", "0"],
             fds: vec![
                 (4, "socket:[7]", ""),
                 (5, "/", "flags:\t012200000\nmnt_id:\t40\n"),
@@ -159,11 +164,15 @@ impl Host {
             fs::write(task.join(tid.to_string()).join("status"), status(made)).unwrap();
         }
         fs::write(dir.join("status"), status(made)).unwrap();
+        let [files, processes, core] = made.limits;
         fs::write(
             dir.join("limits"),
-            "Limit                     Soft Limit           Hard Limit           Units\n\
-             Max core file size        0                    0                    bytes\n\
-             Max open files            64                   128                  files\n",
+            format!(
+                "Limit                     Soft Limit           Hard Limit           Units\n\
+                 Max core file size        0                    {core}                    bytes\n\
+                 Max processes             0                    {processes}                 processes\n\
+                 Max open files            64                   {files}                  files\n"
+            ),
         )
         .unwrap();
         fs::write(dir.join("cgroup"), "0::/pod\n").unwrap();
@@ -185,7 +194,7 @@ impl Host {
     }
 
     fn look(&self) -> Vec<Member> {
-        look(&self.seen, &self.proc())
+        look(&self.seen, &self.proc(), Some(6))
     }
 
     /// The faults of the only process that has any; a file system that can be written to is what the test has.
@@ -236,10 +245,9 @@ fn a_sandbox_as_it_has_to_be_is_without_fault() {
     );
     assert_eq!(host.faults(0), [""; 0]);
     let vmm = &members[1];
-    assert!(
-        vmm.landlock.as_deref().unwrap().contains("ABI 6 "),
-        "{:?}",
-        vmm.landlock
+    assert_eq!(
+        [vmm.landlock, members[2].landlock, members[3].landlock],
+        [Some(Landlock::Abi(6)), Some(Landlock::Abi(6)), None]
     );
     let facts = vmm.facts.as_ref().unwrap();
     assert_eq!(facts.threads.len(), 2);
@@ -254,12 +262,60 @@ fn what_the_file_server_keeps_is_what_it_says() {
 }
 
 #[test]
+fn limits_are_as_they_are_set() {
+    use husk_lockdown::limits::{MAX_FILES, MAX_THREADS};
+    assert_eq!(
+        expected::VMM_LIMITS,
+        [("nofile", MAX_FILES), ("nproc", MAX_THREADS), ("core", 0)]
+    );
+    assert_eq!(
+        expected::FSD_LIMITS,
+        [("nofile", MAX_FILES), ("nproc", 0), ("core", 0)]
+    );
+}
+
+#[test]
 fn each_missing_fact_of_a_vmm_is_told() {
-    let cases: [(&str, Made); 10] = [
+    let cases: [(&str, Made); 15] = [
         (
-            "no namespace of its own of: net, uts",
+            "no namespace of its own of: net, uts, cgroup",
             Made {
                 own: &["user", "mnt", "pid", "ipc"],
+                ..Host::vmm()
+            },
+        ),
+        (
+            "its limit nofile is unlimited, not 1048576 or less",
+            Made {
+                limits: ["unlimited", "1024", "0"],
+                ..Host::vmm()
+            },
+        ),
+        (
+            "its limit nproc is 1025, not 1024 or less",
+            Made {
+                limits: ["64", "1025", "0"],
+                ..Host::vmm()
+            },
+        ),
+        (
+            "its limit core is 1, not 0 or less",
+            Made {
+                limits: ["64", "1", "1"],
+                ..Host::vmm()
+            },
+        ),
+        (
+            "descriptor 4 is none of its own: /dev/kvm",
+            Made {
+                fds: vec![(4, "/dev/kvm", "flags:\t0100002\nmnt_id:\t20\n")],
+                ..Host::vmm()
+            },
+        ),
+        (
+            "descriptor 6 is none of its own: /usr/share/vmlinux",
+            Made {
+                fds: vec![(6, "/usr/share/vmlinux", "flags:\t0100000\nmnt_id:\t20\n")],
                 ..Host::vmm()
             },
         ),
@@ -372,7 +428,14 @@ fn each_missing_fact_of_a_file_server_is_told() {
         (
             "no namespace of its own of: pid, net",
             Made {
-                own: &["mnt", "ipc", "uts"],
+                own: &["mnt", "ipc", "uts", "cgroup"],
+                ..Host::fsd()
+            },
+        ),
+        (
+            "its limit nproc is 1024, not 0 or less",
+            Made {
+                limits: ["64", "1024", "0"],
                 ..Host::fsd()
             },
         ),
@@ -410,9 +473,31 @@ fn one_that_has_ended_is_a_fault() {
 
 #[test]
 fn what_landlock_denies_is_not_made_up() {
+    let of = |message: &str, program: &str| {
+        let log = format!("level=info msg={message:?} program={program}\n");
+        landlock_in(&log, "husk-fsd")
+    };
+    let locked_in = "husk-fsd: info: locked in by Landlock, ABI 7";
+    assert_eq!(of(locked_in, "husk-fsd"), Landlock::Abi(7));
+    assert_eq!(of(locked_in, "husk-vmm"), Landlock::Unknown);
+    let none = "husk-fsd: warning: this host's kernel has no Landlock to lock the file server in with";
+    assert_eq!(of(none, "husk-fsd"), Landlock::Missing);
+    assert_eq!(landlock_in("", "husk-fsd"), Landlock::Unknown);
+}
+
+#[test]
+fn less_than_the_kernels_landlock_is_a_fault() {
+    assert_eq!(expected::of_landlock(Landlock::Abi(6), 6), None);
+    assert_eq!(expected::of_landlock(Landlock::Unknown, 6), None);
+    assert_eq!(expected::of_landlock(Landlock::Missing, 0), None);
+    for less in [Landlock::Abi(5), Landlock::Missing] {
+        let fault = expected::of_landlock(less, 6).unwrap();
+        assert!(fault.contains("this kernel has ABI 6"), "{fault}");
+    }
+    let host = Host::new();
+    let faults = look(&host.seen, &host.proc(), Some(7))[2].faults.clone();
     assert!(
-        landlock_in("husk-vmm: this host's kernel has no Landlock to lock the VMM in with")
-            .starts_with("none")
+        faults[0].starts_with("Landlock denies it only what ABI 6"),
+        "{faults:?}"
     );
-    assert!(landlock_in("husk-fsd: locked in by Landlock, ABI 1").starts_with("unknown"));
 }

@@ -58,8 +58,8 @@ pub enum Command {
     ///
     /// Exits with 0 if it can, and with 1 if not. What is advised against ("warn") does not keep husk from running.
     ///
-    /// With --sandbox: tell how the processes of a running sandbox are locked in, as the kernel shows it now. Exits with
-    /// 1 if anything that is expected of them does not hold.
+    /// With --sandbox: tell how the processes of a running sandbox are locked in, as the kernel shows it now (Landlock,
+    /// which it does not show: as they logged). Exits with 1 if anything that is expected of them does not hold.
     #[command(verbatim_doc_comment)]
     Check(CheckArgs),
     /// List the containers of all engines on this machine

@@ -16,7 +16,7 @@ use super::{
 use crate::{
     check::{
         process::{Descriptor, Proc, Process, Root, Set},
-        sandbox::{Member, look},
+        sandbox::{Member, landlock_of_kernel, look},
     },
     engine::{Seen, sandboxes},
 };
@@ -41,7 +41,7 @@ pub fn check(args: &CheckArgs, id: &str) -> Result<u8, Failure> {
             sandbox.id
         )));
     }
-    let members = look(sandbox, &Proc::default());
+    let members = look(sandbox, &Proc::default(), landlock_of_kernel());
     let text = match args.form() {
         _ if args.quiet => String::new(),
         Format::Json => format!("{:#}\n", document(sandbox, &members)),
@@ -229,7 +229,7 @@ fn member(member: &Member) -> Value {
         "expected": member.is_judged(),
         "ok": member.faults.is_empty(),
         "faults": member.faults,
-        "landlock": member.landlock,
+        "landlock": member.landlock.map(|landlock| landlock.to_string()),
         "facts": member.facts.as_ref().map(facts),
     })
 }

@@ -27,6 +27,10 @@ pub fn limit(resource: libc::__rlimit_resource_t, value: libc::rlim_t) -> io::Re
 /// Most descriptors of a process that has one for each file that its guest has open.
 pub const MAX_FILES: libc::rlim_t = 1 << 20;
 
+/// More than the threads of all vCPUs and devices of a VMM, and those that KVM and vhost start in the kernel on its user's
+/// account.
+pub const MAX_THREADS: libc::rlim_t = 1024;
+
 /// What no program that serves a guest has a use for: core dumps, which would hold the guest's data, memory that is
 /// locked, and messages and signals that wait.
 ///

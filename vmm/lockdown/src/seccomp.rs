@@ -47,6 +47,8 @@ pub fn limit(
         source,
     };
     violation::set_thread_name(name);
+    #[cfg(feature = "captured")]
+    crate::captured::attack_unfiltered(name);
     // Hostile code goes on after a forbidden call: its handler returns.
     #[cfg(feature = "captured")]
     let plain = plain.into_iter().chain([libc::SYS_rt_sigreturn]);

@@ -13,7 +13,7 @@ pub const EXIT_CODE: i32 = 128 + libc::SIGSYS;
 const MAX_NAME: usize = 15;
 
 /// Longest report.
-const MAX_REPORT: usize = 128;
+const MAX_REPORT: usize = 192;
 
 /// Who tells, and where.
 #[derive(Clone, Copy, Debug)]
@@ -58,13 +58,9 @@ pub fn watch(witness: Witness) -> io::Result<()> {
     action.sa_flags = libc::SA_SIGINFO | libc::SA_NODEFER;
     // SAFETY: the action is valid, and its handler does only what is allowed in one.
     match unsafe { libc::sigaction(libc::SIGSYS, &raw const action, std::ptr::null_mut()) } {
-        0 => {}
-        _ => return Err(io::Error::last_os_error()),
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
     }
-    // All but system calls has been given up by now.
-    #[cfg(feature = "captured")]
-    crate::captured::attack_unfiltered();
-    Ok(())
 }
 
 type Handler = extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void);
@@ -110,9 +106,9 @@ extern "C" fn on_violation(_signal: i32, info: *mut libc::siginfo_t, _context: *
     line.push(witness.program.as_bytes());
     line.push(b": error: thread ");
     line.push(name);
-    line.push(b" made system call ");
-    line.push_number(system_call);
-    line.push(b", which is not allowed to it\n");
+    line.push(b" made the system call ");
+    line.push_call(system_call);
+    line.push(b", which is forbidden to it\n");
     write(witness.log, line.bytes());
     end();
 }
@@ -145,6 +141,17 @@ impl Text {
         let room = self.bytes.iter_mut().skip(self.length);
         let count = room.zip(bytes).map(|(to, from)| *to = *from).count();
         self.length = self.length.saturating_add(count);
+    }
+
+    /// Its name, if it has one, and its number.
+    fn push_call(&mut self, number: u32) {
+        let Some(name) = husk_syscalls::name(number) else {
+            return self.push_number(number);
+        };
+        self.push(name.as_bytes());
+        self.push(b" (");
+        self.push_number(number);
+        self.push(b")");
     }
 
     fn push_number(&mut self, number: u32) {
@@ -180,6 +187,16 @@ mod tests {
         assert_eq!(text.bytes(), b"0 7 10 257 4294967295 ");
         text.push(&[b'x'; 200]);
         assert_eq!(text.bytes().len(), MAX_REPORT);
+    }
+
+    #[test]
+    fn system_calls_have_their_names() {
+        let mut text = Text::new();
+        for number in [libc::SYS_openat as u32, 0, 9999] {
+            text.push_call(number);
+            text.push(b" ");
+        }
+        assert_eq!(text.bytes(), b"openat (257) read (0) 9999 ");
     }
 
     #[test]

@@ -8,7 +8,7 @@ pub mod vmm {
     pub const LOG: i32 = 2;
     /// `SOCK_SEQPACKET` to the engine: see [`crate::config`] and [`crate::control`]. Its EOF ends the VMM.
     pub const CONTROL: i32 = 3;
-    /// /dev/kvm, opened read-write.
+    /// /dev/kvm, opened read-write. Closed as soon as the VM is made.
     pub const KVM: i32 = 4;
     /// Guest memory: a memfd of exactly the configured size, sealed against growing and shrinking.
     pub const MEMORY: i32 = 5;

@@ -13,9 +13,6 @@ use husk_lockdown::{landlock, limits};
 use husk_vmm_protocol::fds::vmm as table;
 use std::io;
 
-/// More than the threads of all vCPUs and devices, and those that KVM and vhost start in the kernel on this user's account.
-const MAX_THREADS: libc::rlim_t = 1024;
-
 /// Why the VMM could not give up a right.
 #[derive(Debug, thiserror::Error)]
 pub enum LockdownError {
@@ -58,7 +55,7 @@ pub fn enter(user: Option<u32>) -> Result<(), LockdownError> {
         return Ok(());
     }
     limits::nothing_but_files().map_err(LockdownError::Limit)?;
-    limits::limit(libc::RLIMIT_NPROC, MAX_THREADS).map_err(LockdownError::Limit)?;
+    limits::limit(libc::RLIMIT_NPROC, limits::MAX_THREADS).map_err(LockdownError::Limit)?;
     namespaces::leave_host(user)?;
     prctl("PR_SET_DUMPABLE", libc::PR_SET_DUMPABLE, 0)?;
     prctl("PR_SET_NO_NEW_PRIVS", libc::PR_SET_NO_NEW_PRIVS, 1)?;

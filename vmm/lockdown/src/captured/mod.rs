@@ -6,17 +6,19 @@
 //!
 //! - `--attack GROUND`: as soon as a thread has been limited it tries the attacks. Forbidden system calls do not end such a
 //!   program, as they would not end one whose handler of SIGSYS was replaced. It goes on as usual.
-//! - `--attack-unfiltered GROUND`: the attacks are tried once, when all but the system calls has been given up, each in a
-//!   process of its own. What then fails does so by namespaces, rights and Landlock: where filters are, they alone answer.
+//! - `--attack-unfiltered GROUND`: the attacks are tried once, by the main thread, before it is limited, each in a process
+//!   of its own. What then fails does so by namespaces, rights and Landlock: where filters are, they alone answer.
 //!   It goes on as usual.
 //! - `--attack-deadly NAME`: the first vCPU's thread, or that of the file server, tries this one attack once it has been
 //!   limited, which is to be its end.
 //! - `--attack-deadly-unlocked NAME`: the same without a lock-down; the program ends.
 //! - `--attack-unlocked GROUND`: it is not locked in at all; it tries the attacks, each in a process of its own, and ends.
 //!   What fails there would show nothing by failing elsewhere.
+//! - `--violate NUMBER`: it is locked in as usual, and a thread that gets SIGUSR1 makes that system call.
 //! - `--free`: it is not locked in either, and runs as usual: what the lock-down costs is the difference.
 
 mod attacks;
+mod violate;
 
 use attacks::{Ground, deadly};
 use std::io::Write;
@@ -25,6 +27,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 /// What the program does besides its work.
 enum Mode {
     Free,
+    Violate,
     Attack(Ground),
     Unfiltered(Ground),
     Deadly(String),
@@ -44,6 +47,10 @@ pub fn take_over(arguments: &mut Vec<String>) {
     let word = arguments.get(1).cloned().unwrap_or_default();
     let (mode, words) = match mode.as_str() {
         "--free" => (Mode::Free, 1),
+        "--violate" => {
+            violate::on_signal(word.parse().unwrap_or(-1));
+            (Mode::Violate, 2)
+        }
         "--attack" => (Mode::Attack(Ground::parse(&word)), 2),
         "--attack-unfiltered" => (Mode::Unfiltered(Ground::parse(&word)), 2),
         "--attack-deadly" => (Mode::Deadly(word), 2),
@@ -101,9 +108,9 @@ pub(crate) fn attack(name: &str) {
     }
 }
 
-/// Tries all attacks from the calling thread, the process's only one, which has given up all but system calls.
-pub(crate) fn attack_unfiltered() {
-    if let Some(Mode::Unfiltered(ground)) = MODE.get() {
+/// Tries all attacks from the main thread, the last to be limited, which is about to be: the process has what it runs with.
+pub(crate) fn attack_unfiltered(name: &str) {
+    if let (Some(Mode::Unfiltered(ground)), "main") = (MODE.get(), name) {
         tell("unfiltered", |attack| in_a_process_of_its_own(ground, attack));
     }
 }
@@ -147,7 +154,7 @@ pub(crate) extern "C" fn on_violation(_signal: i32, _info: *mut libc::siginfo_t,
 
 /// Whether an attack succeeds in a child: what it does to its process is gone with that.
 fn in_a_process_of_its_own(ground: &Ground, attack: fn(&Ground) -> bool) -> bool {
-    // SAFETY: this process has one thread, so the child may do what it likes.
+    // SAFETY: the child has one thread, and takes no lock but the allocator's, which a fork leaves in order.
     unsafe {
         match libc::fork() {
             0 => {
