@@ -196,13 +196,22 @@ fn kernel_faults_since(mark: &str) -> Vec<String> {
     faults.map(str::to_owned).collect()
 }
 
-/// Attacks a network whose other end is a bridge, which answers those who ask for its address, and asserts that it learns no address but the machine's own.
+/// Removes the bridge, whether the test passes or not.
+struct Bridge;
+
+impl Drop for Bridge {
+    fn drop(&mut self) {
+        run(&["ip", "link", "del", "hostilebr"]);
+    }
+}
+
+/// Attacks a network whose other end is a bridge, which answers those who ask for its address, and asserts that it
+/// learns no address but the machine's own.
 #[track_caller]
 fn on_a_bridge(name: &str, attack: impl Fn(&dyn Fn(&Bundle))) {
     let netns = Netns::new(name);
     netns.nic("eth0", "hostile0", 1500);
-    // A test that failed may have left it.
-    run(&["ip", "link", "del", "hostilebr"]);
+    let bridge = Bridge;
     ok(&[
         "sh",
         "-ec",
@@ -219,7 +228,7 @@ fn on_a_bridge(name: &str, attack: impl Fn(&dyn Fn(&Bundle))) {
     });
     let learned = ok(&["bridge", "fdb", "show", "br", "hostilebr"]);
     netns.assert_clean();
-    run(&["ip", "link", "del", "hostilebr"]);
+    drop(bridge);
     drop(netns);
     assert!(learned.contains(own.trim()), "no frame came at all: {learned}");
     assert!(!learned.contains("02:ba:ad"), "{learned}");

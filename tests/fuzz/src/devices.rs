@@ -9,15 +9,17 @@ use husk_vmm::virtio::rng::Rng;
 use husk_vmm::worker::inline;
 use std::fs::File;
 use std::io::Read;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
 mod fs;
 mod net;
+mod state;
 mod vsock;
 
 pub use fs::fs;
 pub use net::net;
+pub use state::state;
 pub use vsock::vsock;
 
 fn drive(input: &mut Input<'_>, devices: Vec<Box<dyn Device>>, host: &mut dyn Host) {
@@ -63,12 +65,16 @@ impl Host for Reader {
 }
 
 /// A pipe that waits for nobody. The smallest there is: a guest fills it soon.
-fn console_with_reader() -> (Console, Reader) {
+fn reader() -> (OwnedFd, Reader) {
     let (reader, writer) = crate::descriptors::pipe();
     // SAFETY: no pointers are involved.
     unsafe { libc::fcntl(reader.as_raw_fd(), libc::F_SETPIPE_SZ, 4096) };
-    let console = Console::new(writer, Arc::default()).expect("descriptors");
-    (console, Reader(Some(File::from(reader))))
+    (writer, Reader(Some(File::from(reader))))
+}
+
+fn console_with_reader() -> (Console, Reader) {
+    let (output, reader) = reader();
+    (Console::new(output, Arc::default()).expect("descriptors"), reader)
 }
 
 /// The console.

@@ -22,7 +22,8 @@ const ROUNDS: usize = 16;
 /// From one queue's rings to those of the next.
 const SPAN: u64 = 0x7000;
 const AVAILABLE: u64 = 0x4000;
-const USED: u64 = 0x4800;
+/// Behind the available ring of the largest queue and the event index at its end.
+const USED: u64 = 0x4810;
 
 /// Indirect tables lie at the end of the second region, one for each head.
 const TABLES: u64 = REGIONS[1].0 + REGIONS[1].1 as u64 - 0x1000;
@@ -85,7 +86,8 @@ impl Host for Nobody {
 }
 
 /// What the interrupt controller asks of KVM.
-struct Routes;
+#[derive(Clone, Copy, Debug)]
+pub struct Routes;
 
 impl Router for Routes {
     fn set_routes(&mut self, routes: &[(u32, Message)]) -> io::Result<()> {
@@ -100,13 +102,41 @@ impl Router for Routes {
 
 /// A queue as its driver keeps it.
 #[derive(Clone, Debug, Default)]
-struct Rings {
+pub struct Rings {
     base: u64,
     size: u16,
     free: Vec<u16>,
     available: u16,
     used: u16,
     chains: BTreeMap<u16, Chain>,
+}
+
+impl Rings {
+    /// Queue `number`, with all of its `size` places free.
+    pub fn new(number: u32, size: u16) -> Self {
+        Self {
+            base: u64::from(number) * SPAN,
+            size,
+            free: (0..size).rev().collect(),
+            ..Self::default()
+        }
+    }
+
+    /// Guest addresses of the table, the available ring and the used ring.
+    pub fn places(&self) -> [u64; 3] {
+        [self.base, self.base + AVAILABLE, self.base + USED]
+    }
+
+    /// Both rings stand at `position`: so much was asked for, and all of that is done.
+    pub fn stand_at(&mut self, ram: &Ram, position: u16) {
+        self.available = position;
+        self.used = position;
+        for ring in [AVAILABLE, USED] {
+            let mut head = [0; 6];
+            head[2..4].copy_from_slice(&position.to_le_bytes());
+            ram.write(self.base + ring, &head);
+        }
+    }
 }
 
 /// A chain under way.
@@ -162,6 +192,20 @@ impl Driver {
         }
     }
 
+    /// A driver that was started before: it has these queues in the first device of the bus, which has just come back, and
+    /// has kept all rules or not.
+    pub fn midway(ram: &Ram, bus: Bus, queues: Vec<Rings>, honest: bool, event_idx: bool) -> Self {
+        inline::run(ROUNDS);
+        Self {
+            bus,
+            ram: ram.clone(),
+            slot: 0,
+            queues,
+            honest,
+            event_idx,
+        }
+    }
+
     fn write(&self, register: u64, value: u32) {
         let address = layout::virtio_base(self.slot) + register;
         self.bus.mmio_write(address, &value.to_le_bytes());
@@ -178,6 +222,11 @@ impl Driver {
     pub fn play(&mut self, input: &mut Input<'_>, host: &mut dyn Host) {
         // Most inputs are about what comes after that.
         self.start(input);
+        self.go_on(input, host);
+    }
+
+    /// The same, with a device that was started before or not.
+    pub fn go_on(&mut self, input: &mut Input<'_>, host: &mut dyn Host) {
         for _ in 0..MAX_OPERATIONS {
             if input.is_empty() {
                 break;
@@ -209,7 +258,7 @@ impl Driver {
             }
             12 => self.access(input),
             13 => {
-                let address = self.address(input);
+                let address = address(input);
                 self.honest = false;
                 self.ram.write(address, input.text(256));
             }
@@ -261,24 +310,18 @@ impl Driver {
                 0 => most.min(32),
                 bits => 1 << (u32::from(bits) - 1),
             };
-            let base = u64::from(number) * SPAN;
             let ready = how & 0x80 == 0;
+            let mut rings = Rings::new(number, if ready && size <= most { size as u16 } else { 0 });
             if ready {
+                let [table, available, used] = rings.places();
                 self.write(reg::QUEUE_NUM, size);
-                self.write(reg::QUEUE_DESC_LOW, base as u32);
-                self.write(reg::QUEUE_DRIVER_LOW, (base + AVAILABLE) as u32);
-                self.write(reg::QUEUE_DEVICE_LOW, (base + USED) as u32);
+                self.write(reg::QUEUE_DESC_LOW, table as u32);
+                self.write(reg::QUEUE_DRIVER_LOW, available as u32);
+                self.write(reg::QUEUE_DEVICE_LOW, used as u32);
                 self.write(reg::QUEUE_READY, 1);
-                self.ram.write(base + AVAILABLE, &[0; 6]);
-                self.ram.write(base + USED, &[0; 6]);
+                rings.stand_at(&self.ram, 0);
             }
-            let size = if ready && size <= most { size as u16 } else { 0 };
-            self.queues.push(Rings {
-                base,
-                size,
-                free: (0..size).rev().collect(),
-                ..Rings::default()
-            });
+            self.queues.push(rings);
         }
         self.write(reg::STATUS, 0xf);
         inline::run(ROUNDS);
@@ -459,7 +502,7 @@ impl Driver {
                 let flags = u16::from(input.u8());
                 let next = input.number() as u16;
                 let length = input.number() as u32;
-                let address = self.address(input);
+                let address = address(input);
                 let bytes = descriptor(address, length, flags, next);
                 self.ram.write(base + 16 * index, &bytes);
             }
@@ -520,16 +563,17 @@ impl Driver {
             }
         }
     }
+}
 
-    fn address(&self, input: &mut Input<'_>) -> u64 {
-        match input.u8() {
-            0..=0x7f => u64::from(input.u16()) * 8,
-            0x80..=0xbf => DATA + u64::from(input.u16()),
-            0xc0..=0xcf => REGIONS[1].0 - u64::from(input.u8()),
-            0xd0..=0xdf => REGIONS[2].0 + u64::from(input.u16()),
-            0xe0..=0xef => REGIONS[2].0 + REGIONS[2].1 as u64 - u64::from(input.u8()),
-            _ => input.number(),
-        }
+/// A guest address as such addresses are interesting: in the rings, in the data, at an end of memory, or anywhere.
+pub fn address(input: &mut Input<'_>) -> u64 {
+    match input.u8() {
+        0..=0x7f => u64::from(input.u16()) * 8,
+        0x80..=0xbf => DATA + u64::from(input.u16()),
+        0xc0..=0xcf => REGIONS[1].0 - u64::from(input.u8()),
+        0xd0..=0xdf => REGIONS[2].0 + u64::from(input.u16()),
+        0xe0..=0xef => REGIONS[2].0 + REGIONS[2].1 as u64 - u64::from(input.u8()),
+        _ => input.number(),
     }
 }
 

@@ -39,13 +39,14 @@ const fn target(name: &'static str, longest: usize, allocation: usize, run: fn(&
 const KIB: usize = 1 << 10;
 
 /// All of them.
-pub const TARGETS: [Target; 12] = [
+pub const TARGETS: [Target; 13] = [
     target("bus", 2 * KIB, 256 * KIB, devices::bus),
     target("rng", KIB, 256 * KIB, devices::rng),
     target("console", 2 * KIB, 256 * KIB, devices::console),
     target("net", 2 * KIB, 256 * KIB, devices::net),
     target("vsock", 2 * KIB, 256 * KIB, devices::vsock),
     target("fs", 2 * KIB, 256 * KIB, devices::fs),
+    target("state", 2 * KIB, 256 * KIB, devices::state),
     target("fuse", 2 * KIB, 256 * KIB, fuse::fuse),
     target("kernel", 4 * KIB, 256 * KIB, boot::kernel),
     target("config", 2 * KIB, 256 * KIB, boot::config),

@@ -196,19 +196,25 @@ impl Host for Server {
     }
 }
 
-/// The file-system device.
-pub fn fs(bytes: &[u8]) {
-    inline::enter();
+/// The device's end of the channel, and what is at the other one.
+pub(super) fn server() -> (OwnedFd, impl Host) {
     let (device, own) = packet_pair();
     let file = File::from(memory_file());
     file.set_len(10_000).expect("a file in memory can");
-    let mut server = Server {
+    let server = Server {
         channel: Some(own),
         file,
         directory: File::open("/").expect("it is there"),
         known: VecDeque::new(),
         next_unique: 1,
     };
-    let device = Fs::new("share", device).expect("descriptors");
+    (device, server)
+}
+
+/// The file-system device.
+pub fn fs(bytes: &[u8]) {
+    inline::enter();
+    let (channel, mut server) = server();
+    let device = Fs::new("share", channel).expect("descriptors");
     drive(&mut Input::new(bytes), vec![Box::new(device)], &mut server);
 }

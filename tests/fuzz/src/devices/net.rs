@@ -7,6 +7,7 @@ use husk_vmm::virtio::net::Net;
 use husk_vmm::virtio::net::header::{LEN, MAX_FRAME};
 use husk_vmm::worker::inline;
 use husk_vmm_protocol::config::NicConfig;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
 
 /// The network's ends of the queues.
@@ -82,11 +83,8 @@ impl Host for Network {
     }
 }
 
-/// The network device, of one pair of queues or of two.
-pub fn net(bytes: &[u8]) {
-    inline::enter();
-    let mut input = Input::new(bytes);
-    let pairs = input.below(2) + 1;
+/// As many queues of a tap, and what is at their other ends.
+pub(super) fn network(pairs: usize) -> (Vec<OwnedFd>, impl Host) {
     let mut network = Network { taps: vec![] };
     let mut taps = vec![];
     for _ in 0..pairs {
@@ -96,6 +94,15 @@ pub fn net(bytes: &[u8]) {
         network.taps.push(Some(own));
         taps.push(device.into());
     }
+    (taps, network)
+}
+
+/// The network device, of one pair of queues or of two.
+pub fn net(bytes: &[u8]) {
+    inline::enter();
+    let mut input = Input::new(bytes);
+    let pairs = input.below(2) + 1;
+    let (taps, mut network) = network(pairs);
     let config = NicConfig {
         mac: [2, 0, 0, 0, 0, 1],
         queue_pairs: pairs as u8,

@@ -157,14 +157,20 @@ impl Engine {
     }
 }
 
-/// The socket device.
-pub fn vsock(bytes: &[u8]) {
-    inline::enter();
+/// The device's end of the channel, and what is at the other one.
+pub(super) fn engine() -> (OwnedFd, impl Host) {
     let (device, own) = crate::descriptors::packet_pair();
-    let mut engine = Engine {
+    let engine = Engine {
         offers: Some(own),
         streams: vec![],
     };
-    let device = Vsock::new(GUEST_CID, device).expect("descriptors");
+    (device, engine)
+}
+
+/// The socket device.
+pub fn vsock(bytes: &[u8]) {
+    inline::enter();
+    let (offers, mut engine) = engine();
+    let device = Vsock::new(GUEST_CID, offers).expect("descriptors");
     drive(&mut Input::new(bytes), vec![Box::new(device)], &mut engine);
 }
