@@ -91,7 +91,7 @@ fn device(kind: usize, state: &Value) -> Option<(Box<dyn Device>, Box<dyn Host>)
         }
         4 => {
             let state: husk_vmm::virtio::vsock::State = from_value(state).ok()?;
-            let (offers, engine) = vsock::engine();
+            let (offers, engine) = vsock::engine(state.guest_cid);
             let device = Vsock::restore(state.clone(), offers).ok()?;
             assert_eq!(device.save(), state);
             Some((Box::new(device), Box::new(engine)))

@@ -21,6 +21,8 @@ const MAX_STREAMS: usize = 64;
 const HOST_PORTS: [u32; 5] = [1024, 0x1_0000, 1 << 30, (1 << 30) + 1, (1 << 30) + 2];
 
 struct Engine {
+    /// The guest's context id.
+    guest: u64,
     offers: Option<OwnedFd>,
     streams: Vec<UnixStream>,
 }
@@ -62,9 +64,9 @@ impl Host for Engine {
         };
         let (from, to, kind) = match how & 0x7c {
             0x04 => (input.number(), HOST_CID, 1),
-            0x08 => (GUEST_CID, input.number(), 1),
-            0x0c => (GUEST_CID, HOST_CID, input.u16()),
-            _ => (GUEST_CID, HOST_CID, 1),
+            0x08 => (self.guest, input.number(), 1),
+            0x0c => (self.guest, HOST_CID, input.u16()),
+            _ => (self.guest, HOST_CID, 1),
         };
         let mut packet = vec![];
         packet.extend(from.to_le_bytes());
@@ -145,7 +147,7 @@ impl Host for Engine {
         assert_eq!(field(24) as usize, bytes.len() - HEADER_LEN, "a packet's length");
         // Answers to packets of others go where these came from.
         if bytes[30] != 3 {
-            assert_eq!((field(0), field(8)), (HOST_CID as u32, GUEST_CID as u32));
+            assert_eq!((field(0), field(8)), (HOST_CID as u32, self.guest as u32));
         }
     }
 }
@@ -157,10 +159,11 @@ impl Engine {
     }
 }
 
-/// The device's end of the channel, and what is at the other one.
-pub(super) fn engine() -> (OwnedFd, impl Host) {
+/// The device's end of the channel, and what is at the other one, for a guest of that context id.
+pub(super) fn engine(guest: u64) -> (OwnedFd, impl Host) {
     let (device, own) = crate::descriptors::packet_pair();
     let engine = Engine {
+        guest,
         offers: Some(own),
         streams: vec![],
     };
@@ -170,7 +173,7 @@ pub(super) fn engine() -> (OwnedFd, impl Host) {
 /// The socket device.
 pub fn vsock(bytes: &[u8]) {
     inline::enter();
-    let (offers, mut engine) = engine();
+    let (offers, mut engine) = engine(GUEST_CID);
     let device = Vsock::new(GUEST_CID, offers).expect("descriptors");
     drive(&mut Input::new(bytes), vec![Box::new(device)], &mut engine);
 }
