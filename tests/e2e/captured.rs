@@ -159,6 +159,9 @@ const HARMLESS: &[Judged] = &[
 const HARMLESS_OF_A_VMM: &[Judged] = &[
     ("it has no capability to keep", &["keep-capabilities"]),
     ("the guest's memory", &["map-a-descriptor", "map-a-file"]),
+    // Of its machine and its vCPUs it has all that KVM lets them do. Attacks upon these fail here for another reason alone:
+    // each is tried in a process of its own, whose memory is not the machine's.
+    ("what its own vCPUs' exits are told in", &["kvm-state-mapped"]),
 ];
 
 /// What else does in the file server.
