@@ -96,8 +96,8 @@ e2e: build e2e-programs ## the end-to-end suites, under containerd 1.7 and 2.1, 
 ON_TWO := sizing:: config::resources::cpu crash:: hostile::guest network:: soak:: streams:: task:: walls::
 
 .PHONY: test-long
-test-long: build e2e-programs ## what takes longer: a gigabyte of output and of traffic each way, 200,000 files, 200 containers, Docker 28; two processors; the kernel built twice
-	HUSK_TEST_FLOOD_MB=1024 HUSK_TEST_FILES=200000 HUSK_TEST_SOAK=200 HUSK_TEST_DOCKER=forky tests/run-e2e soak:: streams::a_flood volumes::more_files network::load docker::
+test-long: build e2e-programs ## what takes longer: a gigabyte of output and of traffic each way, 200,000 files, 200 containers, Docker 28, the hostile agent under containerd 2.1; two processors; the kernel built twice
+	HUSK_TEST_FLOOD_MB=1024 HUSK_TEST_FILES=200000 HUSK_TEST_SOAK=200 HUSK_TEST_DOCKER=forky HUSK_TEST_AGENT=forky tests/run-e2e soak:: streams::a_flood volumes::more_files network::load docker:: hostile::agent
 	HUSK_CLOCK=smp HUSK_SUITES=trixie tests/run-e2e $(ON_TWO)
 	guest-image/build-kernel --check-reproducible
 

@@ -78,7 +78,7 @@ fn absurd_answers_about_a_container_are_refused() {
 
 #[test]
 fn a_container_whose_agent_is_stuck_can_be_removed() {
-    lies("stuck", 20, &[METRICS, EXEC], "agent");
+    lies("stuck", 10, &[METRICS, EXEC], "agent");
 }
 
 #[test]
