@@ -183,7 +183,7 @@ fn queries_and_mirrors_that_the_guest_does_not_take_fail_no_container() {
             }
         });
         let watched = format!("[volumes]\nwatched = [\"{}\"]\n", volume.display());
-        let config = config("mirrors", &(lying(word, LONG, 6) + &watched));
+        let config = config("mirrors", &(lying(word, LONG, 10) + &watched));
         ends_as(&config, &bundle, word, &[7], &[]);
     }
     census.assert_unchanged();
