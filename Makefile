@@ -89,16 +89,13 @@ e2e-programs:
 		| grep -F "\"kind\":[\"test\"]" | sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | xargs -I{} install -m 755 -C {} $(E2E)/e2e
 
 .PHONY: e2e
-e2e: build e2e-programs ## the end-to-end suites, under containerd 1.7 and 2.1, and Docker 26
+e2e: build e2e-programs ## the end-to-end suites, shared by a host with containerd 1.7 and Docker 26 and one with 2.1
 	@tests/run-e2e $(TESTS)
 
-# What can go otherwise on two processors, which take turns in one thread of the emulator.
-ON_TWO := sizing:: config::resources::cpu crash:: hostile::guest network:: soak:: streams:: task:: walls::
-
 .PHONY: test-long
-test-long: build e2e-programs ## what takes longer: a gigabyte of output and of traffic each way, 200,000 files, 200 containers, Docker 28, the hostile agent under containerd 2.1; two processors; the kernel built twice
-	HUSK_TEST_FLOOD_MB=1024 HUSK_TEST_FILES=200000 HUSK_TEST_SOAK=200 HUSK_TEST_DOCKER=forky HUSK_TEST_AGENT=forky tests/run-e2e soak:: streams::a_flood volumes::more_files network::load docker:: hostile::agent
-	HUSK_CLOCK=smp HUSK_SUITES=trixie tests/run-e2e $(ON_TWO)
+test-long: build e2e-programs ## what takes longer: a gigabyte of output and of traffic each way, 200,000 files, 200 containers; each test under the other containerd, Docker 28, two processors; the kernel built twice
+	HUSK_TEST_PART=all HUSK_TEST_FLOOD_MB=1024 HUSK_TEST_FILES=200000 HUSK_TEST_SOAK=200 tests/run-e2e soak:: streams::a_flood volumes::more_files network::load
+	HUSK_TEST_PART=away HUSK_SUITES="trixie forky:smp" tests/run-e2e
 	guest-image/build-kernel --check-reproducible
 
 .PHONY: fuzz
