@@ -283,6 +283,10 @@ fn events() {
         let mut events = crate::containerd::events();
         shim.run();
         shim.wait("").unwrap();
+        if shim.runtime == Runtime::Runc {
+            // Whose shim may tell it after the deletion.
+            events.wait_for("/tasks/exit");
+        }
         shim.delete("").unwrap();
         events.wait_for("/tasks/delete");
         let seen = events.seen();

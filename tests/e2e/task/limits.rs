@@ -134,6 +134,8 @@ fn out_of_memory() {
             events.wait_for("/tasks/oom");
             shim.delete("").unwrap();
             events.wait_for("/tasks/delete");
+            // Which runc's shim may tell after that.
+            events.wait_for("/tasks/exit");
             let seen = events.seen();
             let at = |topic: &str| {
                 let line = seen
