@@ -28,7 +28,7 @@ fn nginx() {
     ] {
         assert!(shown.contains(line), "{shown}");
     }
-    let get = "curl -sS -m 60 -g --retry 30 --retry-delay 1 --retry-all-errors";
+    let get = "curl -sS -m 60 -g --retry 240 --retry-delay 1 --retry-all-errors";
     for address in [
         "127.0.0.1:8080",
         "[::1]:8080",
